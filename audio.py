@@ -1,0 +1,248 @@
+"""Sound on disk and its log-mel spectrogram: wav files, mel files, `MelSpectrogram`.
+
+Audio is float32 in [-1, 1), [T]; a mel is float32 [80, F] with F = T // hop_length + 1. Wavs are read with the
+standard library's `wave`: it seeks, it is three times faster than libsndfile for crops, and it shows what the header
+promises, so that a truncated file is refused where libsndfile would quietly shorten it.
+"""
+
+import os
+import shlex
+import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import DataConfig, InputError, section_from_dict
+from files import written_whole
+from torch_files import load_tensors
+
+INT16_SCALE = 32_768.0  # full scale of 16-bit audio
+LOG_FLOOR = 1e-5  # smallest mel magnitude, as in Tacotron 2 and WaveGlow
+PEAK = 0.999  # what `rescale` makes of a clip's loudest sample
+MAX_MEL_BYTES = 2**29  # five hours at 80 bands and hop 256; more is taken for a broken or hostile file
+MEL_SUFFIXES = (".npy", ".pt")
+
+
+# --- wav files ------------------------------------------------------------------------------------------------
+
+
+def wav_length(path: str | Path, sampling_rate: int) -> int:
+    """Samples in a 16-bit mono wav, after checking its header; InputError names the file and the remedy."""
+    with _open_wav(path, sampling_rate) as file:
+        return file.getnframes()
+
+
+def read_wav(path: str | Path, sampling_rate: int, start: int = 0, length: int | None = None) -> Tensor:
+    """Samples [start, start + length) of a 16-bit mono wav as float32 [length], reading only those from disk.
+
+    Without `length`, to the end. InputError names a file that is missing, broken, of another format, or too short.
+    """
+    with _open_wav(path, sampling_rate) as file:
+        stop = file.getnframes() if length is None else start + length
+        if not 0 <= start <= stop <= file.getnframes():
+            raise InputError(
+                f"{path}: samples {start} to {stop} were asked of a file of {file.getnframes()}; has it changed?"
+            )
+        file.setpos(start)
+        samples = np.frombuffer(file.readframes(stop - start), dtype="<i2")
+    return torch.from_numpy(samples.astype(np.float32) / INT16_SCALE)
+
+
+def write_wav(path: str | Path, audio: Tensor, sampling_rate: int) -> None:
+    """Write float audio [T] as a 16-bit mono wav that appears whole or not at all; the folder is made if needed.
+
+    Beyond full scale the audio is clipped: a plain cast would wrap it round to the other sign.
+    """
+    if audio.dim() != 1 or not torch.isfinite(audio).all():
+        raise InputError(f"{path}: expected finite audio of shape [T], got shape {list(audio.shape)}")
+    scaled = (audio.detach().cpu().float() * INT16_SCALE).round().clamp(-INT16_SCALE, INT16_SCALE - 1)
+    with written_whole(path) as temporary, wave.open(str(temporary), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sampling_rate)
+        file.writeframes(scaled.numpy().astype("<i2").tobytes())
+
+
+@contextmanager
+def _open_wav(path: str | Path, sampling_rate: int) -> Iterator[wave.Wave_read]:
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such wav file")
+    if is_mel_file(path):
+        raise InputError(f"{path}: a mel, where a recording is needed; mels can only be synthesized from")
+    try:
+        file = wave.open(str(path), "rb")  # noqa: SIM115 (closed below, after its header has been judged)
+    except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: a chunk that leaves its parent
+        raise InputError(f"{path}: not a PCM wav file ({_reason(error)}); {_remedy(path, sampling_rate)}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    with file:
+        _check_header(file, path, sampling_rate)
+        yield file
+
+
+def _check_header(file: wave.Wave_read, path: str | Path, sampling_rate: int) -> None:
+    remedy = _remedy(path, sampling_rate)
+    if file.getnchannels() != 1:
+        raise InputError(f"{path}: {file.getnchannels()} channels, expected mono; {remedy}")
+    if file.getsampwidth() != 2:
+        raise InputError(f"{path}: {8 * file.getsampwidth()}-bit samples, expected 16-bit; {remedy}")
+    if file.getframerate() != sampling_rate:
+        raise InputError(f"{path}: sampling rate {file.getframerate()} Hz, expected {sampling_rate}; {remedy}")
+    if file.getnframes() == 0:
+        raise InputError(f"{path}: holds no audio; remove it from the list")
+    try:
+        file.setpos(file.getnframes() - 1)
+        complete = len(file.readframes(1)) == 2
+    except RuntimeError:  # the data chunk promises to end behind its file
+        complete = False
+    if not complete:
+        raise InputError(
+            f"{path}: truncated, its header promises {file.getnframes()} samples; get the file again, "
+            "or remove it from the list"
+        )
+
+
+def _remedy(path: str | Path, sampling_rate: int) -> str:
+    source = shlex.quote(str(path))
+    return f"convert it: ffmpeg -i {source} -ac 1 -ar {sampling_rate} -sample_fmt s16 converted.wav"
+
+
+# --- mel spectrograms -----------------------------------------------------------------------------------------
+
+
+class MelSpectrogram(nn.Module):
+    """Log-mel spectrogram of Tacotron 2 and WaveGlow (magnitude STFT, Slaney mel filters, natural log).
+
+    `data_config`: a DataConfig, or a dict of any of its keys (defaults for the rest). With `use_dbmel` the values
+    are decibels mapped to [0, 1] instead. Follows its buffers in device and precision; gradients flow through it.
+    """
+
+    def __init__(self, data_config: DataConfig | dict[str, Any]) -> None:
+        super().__init__()
+        import librosa.filters  # seconds to import, and only needed here
+
+        self.config = config = section_from_dict(DataConfig, data_config, "data_config.")
+        filters = librosa.filters.mel(
+            sr=config.sampling_rate,
+            n_fft=config.filter_length,
+            n_mels=config.n_mel_channels,
+            fmin=config.mel_fmin,
+            fmax=config.mel_fmax,
+        )
+        self.register_buffer("filters", torch.from_numpy(filters), persistent=False)  # [80, n_fft/2 + 1]
+        self.register_buffer("window", torch.hann_window(config.win_length), persistent=False)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """Audio in [-1, 1], [T] or [B, T] -> mel [80, F] or [B, 80, F] with F = T // hop_length + 1."""
+        if audio.dim() not in (1, 2) or not audio.is_floating_point():
+            raise InputError(
+                f"audio: expected floating-point samples of shape [T] or [B, T], got {audio.dtype} {list(audio.shape)}"
+            )
+        if audio.shape[-1] < shortest_audio(self.config):
+            raise InputError(
+                f"audio of {audio.shape[-1]} samples is too short for a mel with filter_length "
+                f"{self.config.filter_length}; at least {shortest_audio(self.config)} are needed"
+            )
+        spectrum = torch.stft(
+            audio.to(self.window.dtype),
+            n_fft=self.config.filter_length,
+            hop_length=self.config.hop_length,
+            win_length=self.config.win_length,
+            window=self.window,
+            center=True,
+            pad_mode="reflect",
+            return_complex=True,
+        ).abs()  # [B, n_fft/2 + 1, F]
+        mel = (self.filters @ spectrum).clamp(min=LOG_FLOOR)  # [B, 80, F]
+        if not self.config.use_dbmel:
+            return mel.log()
+        decibels = 20 * mel.log10() - 10
+        return ((decibels + 100) / 100).clamp(0, 1)
+
+
+def shortest_audio(config: DataConfig) -> int:
+    """Fewest samples that have a mel: half a filter is reflected at each end."""
+    return config.filter_length // 2 + 1
+
+
+def rescale(audio: Tensor, peak: float) -> Tensor:
+    """Bring a clip whose loudest sample is `peak` to almost full scale; digital silence stays as it is."""
+    return audio / peak * PEAK if peak > 0 else audio
+
+
+# --- mel files ------------------------------------------------------------------------------------------------
+
+
+def is_mel_file(path: str | Path) -> bool:
+    """Whether the name is that of a saved mel rather than of audio."""
+    return Path(path).suffix.lower() in MEL_SUFFIXES
+
+
+def read_mel(path: str | Path, n_mel_channels: int) -> Tensor:
+    """A log-mel saved as .npy or .pt by any front end, as float32 [n_mel_channels, F]; a batch axis of 1 is dropped.
+
+    No pickle is executed, and memory is bounded whatever the file promises. InputError names the file and the fault.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such mel file")
+    try:
+        mel = _load_npy(path) if Path(path).suffix.lower() == ".npy" else _load_pt(path)
+    except Exception as error:  # arbitrary bytes make both parsers raise nearly anything
+        raise InputError(f"{path}: not a readable mel ({_reason(error)}); save it with np.save or torch.save") from None
+    if not mel.is_floating_point():
+        raise InputError(f"{path}: a mel of type {mel.dtype}, expected floating-point numbers")
+    if mel.dim() == 3 and mel.shape[0] == 1:
+        mel = mel[0]
+    _check_mel_shape(mel, path, n_mel_channels)
+    mel = mel.float().contiguous()
+    if not torch.isfinite(mel).all():
+        raise InputError(f"{path}: the mel holds NaN or infinite values; make it again from clean audio")
+    return mel
+
+
+def write_mel(path: str | Path, mel: Tensor) -> None:
+    """Save a mel [80, F] as float32 .npy, whole or not at all; the folder is made if needed."""
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, mel.detach().cpu().float().numpy())
+
+
+def _check_mel_shape(mel: Tensor, path: str | Path, n_mel_channels: int) -> None:
+    shape = tuple(mel.shape)
+    found = f"{path}: a mel of shape {shape}, expected ({n_mel_channels}, frames)"
+    if len(shape) != 2 or 0 in shape:
+        raise InputError(f"{found}; save one mel per file")
+    if shape[0] != n_mel_channels and shape[1] == n_mel_channels:
+        raise InputError(f"{found}; it is transposed, save mel.T")
+    if shape[0] != n_mel_channels:
+        raise InputError(f"{found}; make it with the mel settings of the config")
+    if shape[1] < 2:
+        raise InputError(f"{found}; one frame covers no audio, at least 2 are needed")
+    if mel.numel() * mel.element_size() > MAX_MEL_BYTES:  # a .pt may repeat few numbers over any shape
+        raise InputError(f"{found}; longer than the {MAX_MEL_BYTES} bytes accepted, cut it up")
+
+
+def _load_npy(path: str | Path) -> Tensor:
+    # Mapped, not read: a header that promises 2^40 frames fails against the file's size, before any allocation.
+    # And not np.load, which takes archives and pickles too.
+    array = np.lib.format.open_memmap(path, mode="r")
+    if array.nbytes > MAX_MEL_BYTES:
+        raise ValueError(f"{array.nbytes} bytes, at most {MAX_MEL_BYTES} are accepted")
+    # Copied to this machine's byte order, and out of the mapping.
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+
+
+def _load_pt(path: str | Path) -> Tensor:
+    mel = load_tensors(path, MAX_MEL_BYTES)
+    if not isinstance(mel, Tensor):
+        raise ValueError(f"expected one plain tensor, got {type(mel).__name__}")
+    return mel.detach()
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["cut short or damaged"]
+    return lines[0][:120]

@@ -1,0 +1,359 @@
+"""Data as it walks to the model: file lists, training crops, whole clips, the loader; and `python data.py`.
+
+Every random choice comes from a generator seeded by (purpose, seed, epoch, index), never from a global one, so the
+data order depends neither on the number of workers nor on where a run was resumed.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+import corpora
+from audio import MelSpectrogram, is_mel_file, read_mel, read_wav, rescale, shortest_audio, wav_length, write_mel
+from audio import write_wav as write_wav
+from config import Config, DataConfig, InputError, load_config
+from runs import leave_signals_to_the_main_process, worker_deaths_named
+
+_ORDER, _CROP = 0, 1  # purposes of random numbers: each has streams of its own
+
+
+def _random(*key: int) -> np.random.Generator:
+    return np.random.default_rng(key)
+
+
+# --- file lists -----------------------------------------------------------------------------------------------
+
+
+def read_file_list(path: str | Path) -> list[str]:
+    """Paths of a list file, one per line, blank lines skipped.
+
+    A relative path is taken from the current directory, as in the published code; if nothing is there but
+    something is at that place relative to the list's own folder, from there, so that a corpus can be moved.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"file list {path}: no such file; expected one wav path per line") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"file list {path}: cannot be read as text ({error})") from None
+    entries = [line.strip() for line in text.split("\n") if line.strip()]
+    if not entries:
+        raise InputError(f"file list {path}: empty; expected one wav path per line")
+    if "\0" in text:
+        raise InputError(f"file list {path}: holds null bytes; expected one wav path per line")
+    return [_locate(entry, Path(path).parent) for entry in entries]
+
+
+def _locate(entry: str, folder: Path) -> str:
+    beside_list = str(folder / entry)
+    return beside_list if not os.path.exists(entry) and os.path.exists(beside_list) else entry
+
+
+def overlap_warning(training_files: Sequence[str], test_files: Sequence[str]) -> str | None:
+    """One line about clips that are in both lists, or None; paths are compared resolved."""
+    training = {os.path.realpath(path) for path in training_files}
+    shared = [path for path in test_files if os.path.realpath(path) in training]
+    if not shared:
+        return None
+    return (
+        f"{len(shared)} of {len(test_files)} test clips are also training clips ({shared[0]}, ...): "
+        "their likelihood says nothing about new speech"
+    )
+
+
+def output_names(paths: Sequence[str], suffix: str = ".wav") -> list[str]:
+    """A file name for each source, unique also where folders differ and stems do not, and without any folder.
+
+    Sources of the same stem get their folder's name in front, and if that is not enough a number behind.
+    """
+    stems = [_plain_name(Path(path).stem) for path in paths]
+    count = Counter(stem.casefold() for stem in stems)  # some file systems hold A and a for the same
+    taken: set[str] = set()
+    names = []
+    for path, stem in zip(paths, stems, strict=True):
+        if count[stem.casefold()] > 1:
+            stem = _plain_name(f"{Path(path).parent.name}_{stem}")
+        candidates = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        name = next(name for name in candidates if name.casefold() not in taken)
+        taken.add(name.casefold())
+        names.append(f"{name}{suffix}")
+    return names
+
+
+def _plain_name(text: str) -> str:
+    return re.sub(r"[^\w .+-]", "_", text).strip("._ ") or "clip"
+
+
+# --- clips ----------------------------------------------------------------------------------------------------
+
+
+class CropDataset(Dataset):
+    """Random training crops. An item's key is (epoch, index), its value (audio [T], mel [80, T // hop + 1]),
+    T = segment_length; shorter clips are padded with zeros.
+
+    `mel_source` "crop" (published): the mel of the crop by itself, so its edge frames see reflected samples.
+    "clip": the crop starts on a frame and its mel is cut from the whole clip's. Only the samples that those frames
+    see are read, the crop and half a filter on each side: the result is the same.
+    """
+
+    def __init__(self, files: Sequence[str], data_config: DataConfig, seed: int) -> None:
+        self.files, self.config, self.seed = list(files), data_config, seed
+        self.mel = MelSpectrogram(data_config)
+        if data_config.segment_length < shortest_audio(data_config):
+            raise InputError(
+                f"data_config.segment_length {data_config.segment_length} is too short for filter_length "
+                f"{data_config.filter_length}; at least {shortest_audio(data_config)} samples are needed"
+            )
+        self.lengths = [wav_length(path, data_config.sampling_rate) for path in self.files]
+        self._peaks: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key
+        segment, hop = self.config.segment_length, self.config.hop_length
+        aligned = self.config.mel_source == "clip"
+        step = hop if aligned else 1
+        context = -(-(self.config.filter_length // 2) // hop) * hop if aligned else 0  # whole frames
+
+        room = max(0, self.lengths[index] - segment)
+        start = step * int(_random(_CROP, self.seed, epoch, index).integers(room // step + 1))
+        before = min(start, context)
+        stop = min(start + segment + context, self.lengths[index])
+        stretch = self._read(index, start - before, stop)
+        stretch = F.pad(stretch, (0, max(0, segment - len(stretch))))
+        first = before // hop
+        mel = self.mel(stretch)[:, first : first + segment // hop + 1]
+        return stretch[before : before + segment], mel
+
+    def _read(self, index: int, start: int, stop: int) -> Tensor:
+        path, rate = self.files[index], self.config.sampling_rate
+        audio = read_wav(path, rate, start, stop - start)
+        if not self.config.rescale:
+            return audio
+        if index not in self._peaks:  # the whole clip's peak: one full read per clip and worker
+            self._peaks[index] = _peak(read_wav(path, rate))
+        return rescale(audio, self._peaks[index])
+
+
+class ClipDataset(Dataset):
+    """Test clips. An item is (path, audio [T], mel [80, T // hop + 1]).
+
+    Whole clips, cut to a multiple of the hop; with `max_length`, the first that many samples of each, padded with
+    zeros (what the published code evaluates during training).
+    """
+
+    def __init__(self, files: Sequence[str], data_config: DataConfig, max_length: int | None = None) -> None:
+        self.files, self.config, self.max_length = list(files), data_config, max_length
+        self.mel = MelSpectrogram(data_config)
+        for path in self.files:
+            length = wav_length(path, data_config.sampling_rate)
+            if max_length is None:
+                _whole_frames(length, path, data_config)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
+        path = self.files[index]
+        if self.max_length is None:
+            audio = read_clip(path, self.config)
+        else:
+            audio = _read_rescaled(path, self.config)[: self.max_length]
+            audio = F.pad(audio, (0, self.max_length - len(audio)))
+        return path, audio, self.mel(audio)
+
+
+def read_clip(path: str, data_config: DataConfig) -> Tensor:
+    """A whole clip [T], rescaled if the config says so, cut to a multiple of the hop."""
+    audio = _read_rescaled(path, data_config)
+    return audio[: _whole_frames(len(audio), path, data_config)]
+
+
+def load_synthesis_entry(path: str, data_config: DataConfig, mel_fn: MelSpectrogram) -> tuple[Tensor, Tensor | None]:
+    """What to synthesize from: (mel [80, F], the recording [T] or None) of a wav, or of a .npy / .pt mel."""
+    if is_mel_file(path):
+        return read_mel(path, data_config.n_mel_channels), None
+    audio = read_clip(path, data_config)
+    return mel_fn(audio), audio
+
+
+def _read_rescaled(path: str, config: DataConfig) -> Tensor:
+    audio = read_wav(path, config.sampling_rate)
+    return rescale(audio, _peak(audio)) if config.rescale else audio
+
+
+def _peak(audio: Tensor) -> float:
+    return audio.abs().max().item()
+
+
+def _whole_frames(length: int, path: str, config: DataConfig) -> int:
+    """Length cut to a multiple of the hop; InputError if that is too short for a mel."""
+    whole = length // config.hop_length * config.hop_length
+    if whole < shortest_audio(config):
+        needed = -(-shortest_audio(config) // config.hop_length) * config.hop_length
+        raise InputError(f"{path}: {length} samples, at least {needed} are needed; remove it from the list")
+    return whole
+
+
+# --- batches --------------------------------------------------------------------------------------------------
+
+
+class ShuffledBatches(Sampler[list[tuple[int, int]]]):
+    """Endless batches of CropDataset keys: a new permutation every epoch, its incomplete last batch dropped.
+
+    Batch number `start_batch` (counted from the start of training) comes first, so a resumed run goes on exactly
+    where it stopped. Of each global batch of `batch_size`, rank r of world_size takes the r-th slice.
+    """
+
+    def __init__(
+        self, n_clips: int, batch_size: int, seed: int, start_batch: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if n_clips < batch_size:
+            raise InputError(
+                f"{n_clips} training clips are fewer than train_config.batch_size {batch_size}: not one batch; "
+                "list more clips or lower batch_size"
+            )
+        if batch_size % world_size:
+            raise InputError(
+                f"train_config.batch_size {batch_size} cannot be shared evenly by {world_size} processes; "
+                f"choose a multiple of {world_size}"
+            )
+        self.n_clips, self.batch_size, self.seed, self.start_batch = n_clips, batch_size, seed, start_batch
+        self._epoch, self._order = -1, []  # of the last batch made
+        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimiser steps in one pass over the clips."""
+        return self.n_clips // self.batch_size
+
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        """Keys of global batch `number`, of all ranks."""
+        epoch, position = divmod(number, self.batches_per_epoch)
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, _random(_ORDER, self.seed, epoch).permutation(self.n_clips).tolist()
+        return [(epoch, index) for index in self._order[position * self.batch_size :][: self.batch_size]]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number in itertools.count(self.start_batch):
+            yield self.batch(number)[self.share]
+
+
+class CropLoader(DataLoader):
+    """A DataLoader in which a worker's InputError stays the one line it was, without the worker's traceback."""
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        try:
+            with worker_deaths_named():
+                yield from super().__iter__()
+        except InputError as error:
+            error.__traceback__ = None  # a cycle through the frames that hold the workers; they would linger
+            raise InputError(str(error).rstrip().rpartition("InputError: ")[-1]) from None
+
+
+def make_train_loader(config: Config, start_batch: int = 0, rank: int = 0, world_size: int = 1) -> CropLoader:
+    """Endless training batches (audio [B, T], mel [B, 80, F]) from global batch number `start_batch` on.
+
+    The same batches whatever the number of workers; the global random state is neither read nor moved.
+    """
+    train = config.train_config
+    dataset = CropDataset(read_file_list(config.data_config.training_files), config.data_config, train.seed)
+    batches = ShuffledBatches(len(dataset), train.batch_size, train.seed, start_batch, rank, world_size)
+    return CropLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=train.num_workers,
+        persistent_workers=train.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_the_main_process,
+        # DataLoader draws a seed for its workers even if they need none; left alone, from the global generator.
+        generator=torch.Generator().manual_seed(train.seed),
+    )
+
+
+# --- command line ---------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python data.py mel | ljspeech | demo`; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="data.py", description="Prepare corpora, and mels of recordings.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    mel = commands.add_parser("mel", help="save the log-mels of wavs as .npy files of shape (80, frames)")
+    mel.add_argument("-c", "--config", required=True, help="experiment file whose data_config says how")
+    mel.add_argument("--list", metavar="FILE", help="a file with one wav path per line, instead of or beside WAV")
+    mel.add_argument("output", metavar="OUT_DIR", help="folder for the .npy files, made if needed")
+    mel.add_argument("wavs", metavar="WAV", nargs="*", help="16-bit mono wavs")
+    mel.set_defaults(run=_save_mels)
+
+    ljspeech = commands.add_parser("ljspeech", help="download, check and unpack LJSpeech 1.1 (2.7 GB); write its lists")
+    ljspeech.add_argument("folder", metavar="DIR", help="where the corpus and its two lists go")
+    source = ljspeech.add_mutually_exclusive_group()
+    source.add_argument("--archive", metavar="FILE", help="a local LJSpeech-1.1.tar.bz2, instead of downloading it")
+    source.add_argument("--folder", metavar="DIR", dest="unpacked", help="an unpacked LJSpeech-1.1, used where it is")
+    ljspeech.set_defaults(run=_prepare_ljspeech)
+
+    demo = commands.add_parser("demo", help="make the demo corpus: five minutes of speech by espeak-ng, offline")
+    demo.add_argument("folder", metavar="DIR", help="where the wavs and their two lists go")
+    demo.set_defaults(run=_make_demo)
+    return parser
+
+
+def _save_mels(options: argparse.Namespace) -> None:
+    data_config = load_config(options.config).data_config
+    wavs = options.wavs + (read_file_list(options.list) if options.list else [])
+    if not wavs:
+        raise InputError("no wavs given; name some, or a list of them with --list")
+    clips = ClipDataset(wavs, data_config)  # every header is checked before anything is written
+    for index, name in enumerate(tqdm(output_names(wavs, ".npy"), desc="mel", unit="clip")):
+        _, _, mel = clips[index]
+        write_mel(Path(options.output, name), mel)
+    print(f"{len(wavs)} mels in {options.output}")
+
+
+def _prepare_ljspeech(options: argparse.Namespace) -> None:
+    lists = corpora.prepare_corpus(options.folder, corpora.LJSPEECH, options.archive, options.unpacked)
+    _print_lists(lists)
+
+
+def _make_demo(options: argparse.Namespace) -> None:
+    lists, finished = corpora.make_demo_corpus(options.folder)
+    print(f"{options.folder}: " + ("already complete, kept" if finished else "demo corpus made"))
+    _print_lists(lists)
+
+
+def _print_lists(lists: corpora.FileLists) -> None:
+    print(
+        f"training: {lists.n_train} clips in {lists.training_files}\ntest: {lists.n_test} clips in {lists.test_files}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

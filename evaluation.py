@@ -1,0 +1,87 @@
+"""How good a vocoder is: the likelihood of clips, and the distance of a synthesis from its recording."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import ClipDataset
+from files import written_whole
+from model import FlowVocoder
+from modules import gaussian_log_density
+
+
+class ClipLikelihood(NamedTuple):
+    """The log-likelihood of one clip in nats per sample, and its two terms."""
+
+    clip: str
+    samples: int
+    log_likelihood: float
+    prior: float
+    log_det: float
+
+
+class Likelihood(NamedTuple):
+    """Means over clips (the published figure) and over samples, in nats per sample."""
+
+    n_clips: int
+    mean: float
+    weighted: float
+    prior: float
+    log_det: float
+
+    def __str__(self) -> str:
+        return (
+            f"log-likelihood {self.mean:.4f} nats/sample (mean over {self.n_clips} clips; weighted by length "
+            f"{self.weighted:.4f}; prior {self.prior:.4f}, log-determinant {self.log_det:.4f})"
+        )
+
+
+def summarise(clips: Sequence[ClipLikelihood]) -> Likelihood:
+    """Average the likelihoods of clips."""
+    values = np.array([clip[2:] for clip in clips])
+    weighted = np.average(values[:, 0], weights=[clip.samples for clip in clips])
+    mean, prior, log_det = values.mean(axis=0)
+    return Likelihood(len(clips), float(mean), float(weighted), float(prior), float(log_det))
+
+
+def write_likelihoods(path: Path, clips: Sequence[ClipLikelihood]) -> None:
+    """One CSV row per clip."""
+    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(ClipLikelihood._fields)
+        writer.writerows(clips)
+
+
+@torch.no_grad()
+def clip_likelihoods(
+    model: FlowVocoder, clips: ClipDataset, sigma: float, device: torch.device
+) -> list[ClipLikelihood]:
+    """The log-likelihood of each clip, one at a time, in nats per sample."""
+    results = []
+    # A generator of its own: a loader draws a number even if it needs none, and not from a training run's.
+    loader = DataLoader(clips, batch_size=None, generator=torch.Generator())
+    for path, audio, mel in tqdm(loader, "likelihood", unit="clip", leave=False, disable=None):
+        z, log_det = model(audio.unsqueeze(0).to(device), mel.unsqueeze(0).to(device))
+        prior = gaussian_log_density(z, sigma).item() / len(audio)
+        per_sample = log_det.item() / len(audio)
+        results.append(ClipLikelihood(path, len(audio), prior + per_sample, prior, per_sample))
+    return results
+
+
+def log_mel_distance(mel: Tensor, reference: Tensor) -> float:
+    """Mean absolute difference of two log-mel spectrograms [80, F] over their common frames, in nats."""
+    frames = min(mel.size(1), reference.size(1))
+    return (mel[:, :frames] - reference[:, :frames]).abs().mean().item()
+
+
+def noise_like(audio: Tensor) -> Tensor:
+    """White noise [T] of the recording's power: what a synthesis must be better than."""
+    noise = torch.randn(len(audio), generator=torch.Generator().manual_seed(0))
+    return noise * audio.square().mean().sqrt().cpu()

@@ -1,0 +1,1 @@
+"""Image density experiments: Glow, and the models that share one estimator among the steps of a level."""

@@ -1,0 +1,128 @@
+"""Checkpoints of the image models, and the published layout's key names.
+
+A file `glow_model_<iteration>.pt` holds a dict with `model` (the weights under the published names, and what the
+published files lack: the permutations' `indices` and the actnorms' `initialised`), `config`, and for resuming
+`iteration`, `optimizer` and `training_state`. A published file is the state dict alone.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from checkpoint import load_strictly, read_torch_file, save_whole
+from config import InputError
+
+FILE_NAME = re.compile(r"glow_model_(\d+)\.pt")
+_IGNORED = "prior_h"  # a buffer of zeros in the published files
+_TOP = {"top_prior": "learn_top_fn", "class_prior": "project_ycond", "classifier": "project_class"}
+
+# --- key names --------------------------------------------------------------------------------------------------
+
+
+def to_published(name: str, config: Any) -> str:
+    """The published name of one of our keys. `config` is an ImageModelConfig: the places depend on what is shared.
+
+    The published code counts the squeeze, the K steps and the split of every level as consecutive `flow.layers`.
+    """
+    part, *rest = name.split(".")
+    if part in _TOP:
+        return ".".join([_TOP[part], *rest])
+    level, group = int(rest[0]), rest[1]  # levels.{level}.{group}. ...
+    first = level * (config.K + 2) + 1  # the layer of the level's first step
+    if group == "split":  # levels.{l}.split.prior. ...
+        return ".".join([f"flow.layers.{first + config.K}.conv", *rest[3:]])
+    step, tail = int(rest[2]), rest[3:]
+    if group == "steps":
+        return _published_step(first + step, tail, config.flow_permutation)
+    if group == "estimators":  # levels.{l}.estimators.{i}.layers.{j}. ...
+        return ".".join([_published_layer(level, first + step, int(tail[1]), config), *tail[2:]])
+    return ".".join([_published_projection(level, first + step, config), *tail])
+
+
+def _published_step(layer: int, tail: list[str], permutation: str) -> str:
+    if tail[0] == "gates":
+        return f"flow.layers.{layer}.multgate"
+    if tail == ["indication", "map"]:
+        return f"flow.embedding.{layer}"
+    if tail[0] == "indication":  # indication.actnorm. ...
+        return ".".join([f"flow.layers.{layer}.actnorm_embed", *tail[2:]])
+    if tail[0] == "permutation":
+        return ".".join([f"flow.layers.{layer}.{permutation}", *tail[1:]])
+    return ".".join([f"flow.layers.{layer}", *tail])  # actnorm. ...
+
+
+def _published_layer(level: int, layer: int, index: int, config: Any) -> str:
+    if config.model_type == "glow":
+        return f"flow.layers.{layer}.block.{2 * index}"  # the odd ones are ReLUs
+    return f"flow.estimator.{level if config.design.shared_estimator else layer}.conv{index + 1}"
+
+
+def _published_projection(level: int, layer: int, config: Any) -> str:
+    if config.model_type == "glow":
+        return f"flow.layers.{layer}.block.{2 * len(config.design.depth.layers)}"
+    if config.design.shared_projection:
+        return f"flow.estimator.{level}.conv_proj"
+    return f"flow.layers.{layer}.conv_proj"
+
+
+# --- weights ----------------------------------------------------------------------------------------------------
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy weights into an ImageFlow from either layout; strict, with the differences named in the InputError.
+
+    A published file says nothing of actnorm initialisation, so its actnorms count as initialised; nor does it hold
+    its shuffles, without which it is another model: they are asked for.
+    """
+    weights = {our_name: value for our_name, value in _our_names(model, state_dict) if our_name != _IGNORED}
+    own = model.state_dict()
+    for name in own.keys() - weights.keys():
+        if name.endswith(".initialised"):
+            weights[name] = own[name].new_ones(())
+        elif name.endswith(".indices") and model.config.flow_permutation == "reverse":
+            weights[name] = own[name]
+        elif name.endswith(".indices"):
+            raise InputError(
+                "the weights hold no shuffles (published files lack them), and with others they are another model; "
+                f"add each permutation to the state dict, as in {to_published(name, model.config)!r}"
+            )
+    load_strictly(model, weights)
+
+
+def _our_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    ours = {to_published(name, model.config): name for name in model.state_dict()}
+    plain = [(name.removeprefix("module."), value) for name, value in state_dict.items()]
+    return [(ours.get(name, name), value) for name, value in plain]
+
+
+def parameter_order(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Our names of the parameters that an optimizer saved beside `state_dict` numbers 0, 1, ..."""
+    parameters = {name for name, _ in model.named_parameters()}
+    return [name for name, _ in _our_names(model, state_dict) if name in parameters]
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, **entries: Any) -> None:
+    """Write the weights under the published names, with further entries, whole or not at all."""
+    weights = {to_published(name, model.config): value for name, value in model.state_dict().items()}
+    save_whole(path, {"model": weights, **entries})
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this project, or a state dict as the published code saves it, on the CPU.
+
+    Returns a dict with `model`, a state dict for `load_weights`, and the file's other entries. Raises InputError.
+    """
+    content = read_torch_file(path)
+    checkpoint = content if isinstance(content, dict) and "model" in content else {"model": content}
+    weights = checkpoint["model"]
+    if not isinstance(weights, Mapping) or not weights:
+        raise InputError(f"checkpoint {path}: holds no weights; expected a file written by train.py, or a state dict")
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
+        raise InputError(f"checkpoint {path}: its weights are not named tensors; expected a state dict")
+    return checkpoint

@@ -1,0 +1,96 @@
+"""Runs side by side: `python -m image_density_experiments.compare RUN [RUN ...]`, from the project's root.
+
+Prints parameters and bits per dimension of each run's newest checkpoint, and draws the training curves.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from checkpoint import list_checkpoints
+from config import InputError
+from image_density_experiments.checkpoint import FILE_NAME, load_checkpoint
+from image_density_experiments.figures import save_curves
+from image_density_experiments.model import build_model, count_parameters
+from image_density_experiments.trainer import EpochLog, StepLog
+
+
+class Run(NamedTuple):
+    """What a run's folder says of it."""
+
+    name: str
+    model_type: str
+    size: str
+    parameters: int
+    iteration: int
+    train: float  # bits/dim, mean of the last epoch
+    test: float
+    curve: list[tuple[int, float]]  # training bits/dim by iteration
+
+
+def read_run(folder: Path) -> Run:
+    """Raises InputError where the folder holds no run with an epoch done."""
+    checkpoints = list_checkpoints(folder, FILE_NAME)
+    epochs = _rows(folder / EpochLog.FILE)
+    if not checkpoints or not epochs:
+        raise InputError(f"{folder}: holds no run with a whole epoch; train it first")
+    config = load_checkpoint(checkpoints[0])["config"]
+    with torch.device("meta"):  # counted, not computed with
+        model = build_model(**config)
+    curve = [(int(row["iteration"]), float(row["bits_per_dim"])) for row in _rows(folder / StepLog.FILE)]
+    return Run(
+        name=folder.name,
+        model_type=config["model_type"],
+        size=f"hidden {config['hidden_channels']}, K {config['K']}, L {config['L']}",
+        parameters=count_parameters(model),
+        iteration=int(epochs[-1]["iteration"]),
+        train=float(epochs[-1]["train_bits_per_dim"]),
+        test=float(epochs[-1]["test_bits_per_dim"]),
+        curve=curve,
+    )
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def print_table(runs: Sequence[Run]) -> None:
+    """One line per run."""
+    print(
+        f"{'run':<16}{'model_type':<20}{'size':<26}{'parameters':>12}{'iteration':>11}{'train':>9}{'test':>9}  bits/dim"
+    )
+    for run in runs:
+        print(
+            f"{run.name:<16}{run.model_type:<20}{run.size:<26}{run.parameters:>12,}{run.iteration:>11}"
+            f"{run.train:>9.4f}{run.test:>9.4f}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
+    parser.add_argument("--curves", type=Path, metavar="PNG", help="draw the training curves here")
+    options = parser.parse_args(arguments)
+    try:
+        runs = [read_run(folder) for folder in options.runs]
+        print_table(runs)
+        if options.curves:
+            save_curves(options.curves, {f"{run.name}, {run.parameters:,} parameters": run.curve for run in runs})
+            print(f"curves: {options.curves}")
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What a trained image model knows: bits per dimension, reconstructions, what lies between images, what is strange."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from files import written_whole
+from image_density_experiments.data import quantise, test_batches
+from image_density_experiments.datasets import Split
+from image_density_experiments.model import ImageFlow
+
+
+def half_precision(device: torch.device, wanted: bool) -> AbstractContextManager:
+    """bfloat16 autocast for the estimators; its range needs no loss scaling."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+
+
+def one_hot(labels: Tensor, model: ImageFlow) -> Tensor | None:
+    """Labels [B] as [B, y_classes] on the model's device if it is conditioned on classes, else None."""
+    if not model.config.y_condition:
+        return None
+    return F.one_hot(labels, model.config.y_classes).to(next(model.parameters()))
+
+
+@torch.no_grad()
+def bits_per_dim(model: ImageFlow, split: Split, batch_size: int, seed: int = 0, amp: bool = False) -> np.ndarray:
+    """Of each image of the split [N], with the same dequantisation noise every time; the model comes back as it was."""
+    device, was_training = next(model.parameters()).device, model.training
+    generator = torch.Generator().manual_seed(seed)
+    model.eval()
+    results = []
+    for x, labels in test_batches(split, model.config.n_bits, batch_size):
+        noise = torch.rand(x.shape, generator=generator) / 2**model.config.n_bits
+        with half_precision(device, amp):
+            _, bits, _ = model(x.to(device), one_hot(labels, model), noise=noise.to(device))
+        results.append(bits.float().cpu())
+    model.train(was_training)
+    return torch.cat(results).numpy()
+
+
+def write_bits(path: Path, bits: dict[str, np.ndarray]) -> None:
+    """One CSV row per image: dataset, index, bits per dimension."""
+    with written_whole(path) as temporary:
+        rows = [f"{name},{index},{value:.6f}\n" for name, values in bits.items() for index, value in enumerate(values)]
+        temporary.write_text("dataset,image,bits_per_dim\n" + "".join(rows), encoding="utf-8")
+
+
+class Reconstruction(NamedTuple):
+    """Images [n, C, H, W], what the inverse makes of their latents, the largest error, and pixels restored exactly."""
+
+    originals: Tensor
+    images: Tensor
+    max_error: float
+    exact: float
+
+
+@torch.no_grad()
+def reconstruct(model: ImageFlow, split: Split, n: int) -> Reconstruction:
+    """Encode and decode n images spread over the split, each value dequantised to the middle of its step."""
+    x = spread_images(model, split, n)
+    middle = x + 0.5 / 2**model.config.n_bits
+    decoded = model.decode(model.encode(middle)[0])
+    steps = 2**model.config.n_bits
+    exact = (torch.floor((decoded + 0.5) * steps) == torch.round((x + 0.5) * steps)).float().mean()
+    return Reconstruction(x, decoded, (decoded - middle).abs().max().item(), exact.item())
+
+
+@torch.no_grad()
+def interpolate(model: ImageFlow, split: Split, n_pairs: int, n_steps: int) -> Tensor:
+    """Straight lines between the latents of pairs of images, decoded: [n_pairs, n_steps, C, H, W].
+
+    The pairs are spread over the split, so that they are of different images.
+    """
+    x = spread_images(model, split, 2 * n_pairs)
+    latents, _ = model.encode(x + 0.5 / 2**model.config.n_bits)
+    shares = torch.linspace(0, 1, n_steps).to(x).view(1, -1, 1, 1, 1)
+    lines = [torch.lerp(latent[:n_pairs, None], latent[n_pairs:, None], shares).flatten(0, 1) for latent in latents]
+    return model.decode(lines).unflatten(0, (n_pairs, n_steps))
+
+
+def spread_images(model: ImageFlow, split: Split, n: int) -> Tensor:
+    """n images at even distances over a split, as the model takes them, on its device."""
+    indices = np.linspace(0, len(split.images) - 1, n).round().astype(int)
+    images = np.stack([np.asarray(split.images[index]) for index in indices])
+    return quantise(images, model.config.n_bits).to(next(model.parameters()))
+
+
+def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
+    """How often an image from outside has more bits per dimension than one from inside: 0.5 is chance, 1 perfect."""
+    from scipy.stats import rankdata  # slow to import
+
+    ranks = rankdata(np.concatenate([inside, outside]))  # ties share their mean rank
+    n_in, n_out = len(inside), len(outside)
+    return float((ranks[n_in:].sum() - n_out * (n_out + 1) / 2) / (n_in * n_out))

@@ -1,0 +1,15 @@
+import pytest
+
+from experiments import write_config, write_corpus
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with wavs and their two lists."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    """A function that writes an experiment file with changes and returns its path."""
+    return lambda **changes: write_config(tmp_path / "config.json", corpus, tmp_path / "runs", **changes)

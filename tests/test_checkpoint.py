@@ -1,0 +1,176 @@
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint as ckpt
+from config import InputError
+from vocoders import random_input, random_vocoder
+
+GOLDEN = Path(__file__).parent / "golden" / "checkpoints_nanoflow"
+VARIANTS = [(c, t) for c in ("waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow") for t in ("affine", "spline")]
+
+
+@pytest.mark.parametrize(("coupling_type", "transform"), VARIANTS)
+def test_key_names_go_to_the_published_layout_and_back(coupling_type, transform):
+    model = random_vocoder(coupling_type, transform=transform)
+    names = list(model.state_dict())
+    published = [ckpt.to_published(name, coupling_type, transform) for name in names]
+    assert len(set(published)) == len(names)
+    assert [ckpt.from_published(name) for name in published] == names
+    assert [ckpt.from_published("module." + name) for name in published] == names
+    assert [ckpt.from_published(name) for name in names] == names
+
+
+def test_saved_files_have_the_keys_of_the_published_ones(tmp_path):
+    published = torch.load(GOLDEN / "waveflow_60", weights_only=True)
+    model = random_vocoder(res_channels=8, n_height=16, n_flow=4, size_flow_embed=16)
+    ckpt.load_weights(model, published["model"])
+    ckpt.save_checkpoint(tmp_path / "waveflow_60", model, iteration=60)
+    saved = torch.load(tmp_path / "waveflow_60", weights_only=True)
+    assert saved["model"].keys() == published["model"].keys()
+    assert all(torch.equal(saved["model"][name], value) for name, value in published["model"].items())
+
+
+def test_a_saved_vocoder_comes_back_the_same(tmp_path):
+    model, other = random_vocoder(seed=0), random_vocoder(seed=1)
+    ckpt.save_checkpoint(tmp_path / "waveflow_7", model, iteration=7)
+    checkpoint = ckpt.load_checkpoint(tmp_path / "waveflow_7")
+    assert checkpoint["iteration"] == 7
+    other.load_state_dict(checkpoint["model"], strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(model(*random_input(model)), other(*random_input(model)), strict=True))
+
+
+@pytest.mark.parametrize("folder", ["", "dataparallel"])
+def test_published_optimizer_state_reaches_the_parameters_it_belongs_to(folder):
+    checkpoint = ckpt.load_checkpoint(GOLDEN / folder / "waveflow_60")
+    raw = torch.load(GOLDEN / "waveflow_60", weights_only=True)
+    model = random_vocoder(res_channels=8, n_height=16, n_flow=4, size_flow_embed=16)
+    optimizer = torch.optim.Adam(model.parameters())
+    ckpt.load_optimizer(optimizer, model, checkpoint)
+    for index, name in enumerate(raw["model"]):
+        parameter = model.get_parameter(ckpt.from_published(name))
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], raw["optimizer"]["state"][index]["exp_avg"])
+
+
+def test_optimizer_state_of_another_model_is_refused():
+    checkpoint = ckpt.load_checkpoint(GOLDEN / "waveflow_60")
+    model = random_vocoder("waveflow")
+    with pytest.raises(InputError, match="optimizer state does not fit"):
+        ckpt.load_optimizer(torch.optim.Adam(model.parameters()), model, checkpoint)
+
+
+def test_weights_of_another_model_name_the_differences_and_change_nothing():
+    model = random_vocoder()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrong = dict(before)
+    wrong["gates.0"] = torch.zeros(2, 2)
+    del wrong["gates.1"]
+    wrong["gates.9"] = torch.zeros(1)
+    with pytest.raises(InputError) as error:
+        ckpt.load_weights(model, wrong)
+    for words in ("missing: gates.1", "not in this model: gates.9", "gates.0 is [2, 2] instead of [3, 6]"):
+        assert words in str(error.value)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Hostile:
+    def __reduce__(self):
+        return (os.system, ("touch HACKED",))
+
+
+def hostile(path):
+    torch.save({"model": {}, "iteration": Hostile()}, path)
+
+
+def hostile_legacy(path):
+    torch.save({"model": {}, "iteration": Hostile()}, path, _use_new_zipfile_serialization=False)
+
+
+def hostile_pickle(path):
+    path.write_bytes(pickle.dumps(Hostile()))
+
+
+def truncated(path):
+    path.write_bytes((GOLDEN / "waveflow_60").read_bytes()[:50_000])
+
+
+def inflated(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10**7)
+
+
+def another_dict(path):
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def no_tensors(path):
+    torch.save({"model": {"a": 3}}, path)
+
+
+BROKEN = [hostile, hostile_legacy, hostile_pickle, truncated, inflated, another_dict, no_tensors]
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_broken_and_hostile_files_give_one_line_and_run_nothing(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "waveflow_1"
+    damage(path)
+    with pytest.raises(InputError) as error:
+        ckpt.load_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "HACKED").exists()
+
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        ckpt.load_checkpoint(tmp_path / "waveflow_1")
+    with pytest.raises(InputError, match="is a folder"):
+        ckpt.load_checkpoint(tmp_path)
+
+
+def save_constant(folder, iteration, value):
+    model = random_vocoder()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+    ckpt.save_checkpoint(folder / f"waveflow_{iteration}", model, iteration=iteration, learning_rate=0.5)
+    return folder / f"waveflow_{iteration}"
+
+
+def test_averages_are_weighted_from_the_newest_and_sum_to_one(tmp_path):
+    paths = [save_constant(tmp_path, iteration, value) for iteration, value in ((9, 1.0), (10, 2.0), (100, 4.0))]
+    plain = ckpt.average_checkpoints(paths)
+    assert plain["iteration"] == 100
+    assert plain["averaged"] == ["waveflow_100", "waveflow_10", "waveflow_9"]
+    torch.testing.assert_close(plain["model"]["gates.0"], torch.full((3, 6), 7 / 3))
+    decayed = ckpt.average_checkpoints(paths, epsilon=0.3)["model"]["gates.0"]
+    expected = (4.0 + 0.7 * 2.0 + 0.49 * 1.0) / (1 + 0.7 + 0.49)
+    torch.testing.assert_close(decayed, torch.full((3, 6), expected))
+    with pytest.raises(InputError, match="between 0 and 1"):
+        ckpt.average_checkpoints(paths, epsilon=1.5)
+
+
+def test_newest_checkpoints_are_counted_by_iteration(tmp_path):
+    for iteration in (9, 10, 100):
+        save_constant(tmp_path, iteration, 1.0)
+    (tmp_path / "waveflow_100_average2").touch()
+    (tmp_path / ".waveflow_200.123.tmp").touch()
+    assert [path.name for path in ckpt.newest_checkpoints(tmp_path, 2)] == ["waveflow_100", "waveflow_10"]
+    with pytest.raises(InputError, match=r"holds 3 checkpoint\(s\); -a 4 needs 4"):
+        ckpt.newest_checkpoints(tmp_path, 4)
+    with pytest.raises(InputError, match="expected the folder"):
+        ckpt.newest_checkpoints(tmp_path / "waveflow_9", 1)
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path):
+    path = save_constant(tmp_path, 1, 1.0)
+    before = path.read_bytes()
+    with pytest.raises(AttributeError):
+        ckpt.save_whole(path, {"cannot be pickled": lambda: None})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["waveflow_1"]

@@ -1,0 +1,33 @@
+import csv
+
+import pytest
+import torch
+
+from evaluation import ClipLikelihood, log_mel_distance, noise_like, summarise, write_likelihoods
+
+CLIPS = [ClipLikelihood("a.wav", 100, 4.0, -1.0, 5.0), ClipLikelihood("b.wav", 300, 2.0, -1.5, 3.5)]
+
+
+def test_mean_over_clips_and_mean_over_samples():
+    result = summarise(CLIPS)
+    assert (result.n_clips, result.mean, result.weighted) == (2, 3.0, 2.5)
+    assert (result.prior, result.log_det) == (-1.25, 4.25)
+    assert "3.0000 nats/sample" in str(result)
+
+
+def test_likelihood_table_has_a_row_per_clip(tmp_path):
+    write_likelihoods(tmp_path / "deep" / "table.csv", CLIPS)
+    with open(tmp_path / "deep" / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["clip"] for row in rows] == ["a.wav", "b.wav"]
+    assert float(rows[1]["log_likelihood"]) == 2.0
+
+
+def test_log_mel_distance_is_over_common_frames():
+    reference = torch.zeros(80, 10)
+    assert log_mel_distance(torch.full((80, 8), -2.0), reference) == 2.0
+
+
+def test_comparison_noise_has_the_power_of_the_recording():
+    recording = 0.1 * torch.sin(torch.arange(20_000) / 10)
+    assert noise_like(recording).square().mean().item() == pytest.approx(recording.square().mean().item(), rel=0.05)

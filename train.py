@@ -1,0 +1,273 @@
+"""Train, evaluate, average and synthesize with WaveFlow and NanoFlow vocoders.
+
+python train.py -c CONFIG                       train; from train_config.checkpoint_path if that is set
+python train.py -c CONFIG --resume latest       go on with an interrupted run
+python train.py -c CONFIG --check_data          look at every clip before training
+python train.py -c CONFIG --evaluate            log-likelihood of the test clips
+python train.py -c CONFIG --synthesize          the test list to wav files
+python train.py -c CONFIG -a 20 [...]           the same from the average of the newest 20 checkpoints
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint as ckpt
+from audio import MelSpectrogram, is_mel_file, read_mel, wav_length, write_wav
+from config import Config, InputError, load_config
+from corpus_check import inspect_corpus, report_text, write_report
+from data import ClipDataset, load_synthesis_entry, output_names, overlap_warning, read_file_list
+from distributed import choose_device
+from evaluation import clip_likelihoods, log_mel_distance, noise_like, summarise, write_likelihoods
+from model import FlowVocoder, build_model, count_parameters
+from report import save_mel_figure
+from runs import StopRequest, locked_run, make_deterministic, record_start
+from synthesis import SynthesisEngine
+from trainer import Trainer, train_until
+
+# --- the jobs ---------------------------------------------------------------------------------------------
+
+
+def train(config: Config, options: argparse.Namespace, device: torch.device) -> int:
+    """Train until `epochs`, --max_iterations, --max_hours or a signal; returns the exit status."""
+    stop = StopRequest(options.max_hours)
+    folder = run_folder(config)
+    with locked_run(folder):
+        start = starting_point(config, options)
+        if options.warm_start and start is None:
+            raise InputError("--warm_start takes weights from a checkpoint: --set train_config.checkpoint_path=FILE")
+        if not options.resume:
+            _refuse_to_overwrite(folder, 0 if start is None or options.warm_start else start["iteration"])
+        spared = start["sources"] if start else ()
+        trainer = Trainer(config, device, folder, start, warm=options.warm_start, spared=spared)
+        training_files, test_files = trainer.loader.dataset.files, read_file_list(config.data_config.test_files)
+        if warning := overlap_warning(training_files, test_files):
+            print(f"warning: {warning}", file=sys.stderr)
+        test_clips = ClipDataset(test_files, config.data_config, max_length=config.data_config.segment_length)
+        last = config.train_config.epochs * trainer.loader.batch_sampler.batches_per_epoch
+        last = last if options.max_iterations is None else min(last, options.max_iterations)
+        if trainer.iteration >= last:
+            print(f"already at iteration {trainer.iteration}; there is nothing to train up to iteration {last}")
+            return 0
+        load_synthesis_entry(test_files[0], config.data_config, test_clips.mel)  # each checkpoint's sample needs it
+        record_start(folder, config.to_dict(), device=str(device), iterations=[trainer.iteration, last])
+        print(
+            f"{config.waveflow_config.model_name}: {count_parameters(trainer.model):,} parameters "
+            f"({count_parameters(trainer.model, synthesis=True):,} for synthesis), {len(training_files)} clips, "
+            f"iterations {trainer.iteration} to {last} on {device}, files in {folder}"
+        )
+        saved = train_until(last, trainer, test_clips, stop)
+    return stop.exit_status(saved, finished=trainer.iteration >= last)
+
+
+def check_data(config: Config, options: argparse.Namespace, device: torch.device) -> int:
+    """Look at every clip of both lists; exit status 1 where a run would fail or learn the wrong thing."""
+    training_files, test_files = map(read_file_list, (config.data_config.training_files, config.data_config.test_files))
+    clips = inspect_corpus(training_files, test_files, config.data_config)
+    path = run_folder(config) / "data_check.csv"
+    write_report(path, clips)
+    print(f"{report_text(clips)}\nevery clip: {path}")
+    return int(any(clip.severity == "error" for clip in clips))
+
+
+def evaluate(config: Config, options: argparse.Namespace, device: torch.device) -> int:
+    """Log-likelihood over the full test clips, per clip in a CSV and averaged."""
+    clips = ClipDataset(read_file_list(config.data_config.test_files), config.data_config)
+    model, name = _load_model(config, options, device)
+    results = clip_likelihoods(model, clips, config.train_config.sigma, device)
+    path = run_folder(config) / "evaluation" / f"{name}.csv"
+    write_likelihoods(path, results)
+    sigma = config.train_config.sigma
+    print(f"{name}: {summarise(results)}{'' if sigma == 1 else f', at sigma {sigma:g}'}\nper clip: {path}")
+    return 0
+
+
+def synthesize(config: Config, options: argparse.Namespace, device: torch.device) -> int:
+    """Every entry of the test list (wav or mel) to a wav named after it."""
+    data = config.data_config
+    files = read_file_list(data.test_files)
+    mel_fn = MelSpectrogram(data)
+    for file in files:  # every entry is found fit before the first wav is written
+        read_mel(file, data.n_mel_channels) if is_mel_file(file) else wav_length(file, data.sampling_rate)
+    model, name = _load_model(config, options, device)
+    engine = SynthesisEngine(model)
+    compared = False
+    folder = run_folder(config) / "synthesis" / f"{name}_temp{options.temp:g}"
+    torch.manual_seed(config.train_config.seed)
+    total_samples, total_seconds = 0, 0.0
+    for file, output in zip(files, output_names(files), strict=True):
+        mel, recording = load_synthesis_entry(file, data, mel_fn)
+        began = time.perf_counter()
+        batch = mel.unsqueeze(0).to(device)
+        audio = engine(batch, model.sample_noise(batch, options.temp))[0].cpu()
+        seconds = time.perf_counter() - began
+        total_samples, total_seconds = total_samples + len(audio), total_seconds + seconds
+        if not torch.isfinite(audio).all():
+            raise InputError(f"{file}: the synthesis is not finite; train longer, or lower --temp")
+        write_wav(folder / output, audio, data.sampling_rate)
+        print(f"{output}: {_speed(len(audio), seconds, data.sampling_rate)}")
+        if recording is not None and not compared:
+            compared = True
+            _compare(folder, output, recording, audio, mel_fn)
+    print(f"{len(files)} clip(s): {_speed(total_samples, total_seconds, data.sampling_rate)}\nwavs: {folder}")
+    return 0
+
+
+def _speed(samples: int, seconds: float, sampling_rate: int) -> str:
+    return (
+        f"{samples / sampling_rate:.2f} s of audio in {seconds:.2f} s, {samples / seconds / 1000:.1f} kHz, "
+        f"{samples / sampling_rate / seconds:.2f} x real time"
+    )
+
+
+def _compare(folder: Path, output: str, recording: torch.Tensor, audio: torch.Tensor, mel_fn: MelSpectrogram) -> None:
+    """Picture and log-mel distance of a copy-synthesis beside its recording and white noise of the same power."""
+    sounds = {"recording": recording, "synthesis": audio.clamp(-1, 1), "white noise": noise_like(recording)}
+    mels = {name: mel_fn(sound) for name, sound in sounds.items()}
+    picture = (folder / output).with_suffix(".png")
+    save_mel_figure(picture, mels)
+    distances = [f"{log_mel_distance(mels[name], mels['recording']):.3f} of the {name}" for name in list(mels)[1:]]
+    print(f"log-mel distance to the recording: {', '.join(distances)}; picture: {picture}")
+
+
+# --- where to start ---------------------------------------------------------------------------------------
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run keeps its files."""
+    return Path(config.train_config.output_directory) / config.waveflow_config.model_name
+
+
+def starting_point(config: Config, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The checkpoint to start from: the one named, the average of the newest N, or None for fresh weights.
+
+    `sources` are the files named or asked for, which `keep_checkpoints` spares.
+    """
+    path = config.train_config.checkpoint_path
+    n = options.average_checkpoint
+    if options.resume and (newest := _newest_whole(config)):
+        return newest
+    if n is None:
+        return _load(Path(path), config, sources=[Path(path)]) if path else None
+    newest_first = ckpt.newest_checkpoints(path or run_folder(config), n)
+    average = ckpt.average_checkpoints(newest_first, options.epsilon)
+    model = build_model(config.waveflow_config)
+    ckpt.load_weights(model, average["model"])
+    suffix = "" if options.epsilon is None else f"_epsilon{options.epsilon:g}"
+    target = newest_first[0].with_name(f"{newest_first[0].name}_average{n}{suffix}")
+    entries = {key: value for key, value in average.items() if key != "model"}
+    ckpt.save_checkpoint(target, model, **entries)
+    print(f"average of {', '.join(path.name for path in newest_first)}: {target}")
+    start = _load(newest_first[0], config, sources=newest_first)
+    return {**start, "model": average["model"], "name": target.name}
+
+
+def _load(path: Path, config: Config, sources: Sequence[Path] = ()) -> dict[str, Any]:
+    start = ckpt.load_checkpoint(path)
+    ckpt.check_config(start, config, str(path))
+    return {**start, "name": path.name, "sources": sources}
+
+
+def _newest_whole(config: Config) -> dict[str, Any] | None:
+    """The run's newest checkpoint that can be read, reporting the broken ones; None where there is none yet."""
+    for path in ckpt.list_checkpoints(run_folder(config)):
+        try:
+            ckpt.load_checkpoint(path)
+        except InputError as error:
+            print(f"warning: {error}; trying the one before", file=sys.stderr)
+        else:
+            return _load(path, config)
+    return None
+
+
+def _load_model(config: Config, options: argparse.Namespace, device: torch.device) -> tuple[FlowVocoder, str]:
+    start = starting_point(config, options) or _newest_whole(config)
+    if start is None:
+        raise InputError(
+            f"no checkpoint in {run_folder(config)}; train first, or name one: --set train_config.checkpoint_path=FILE"
+        )
+    print(f"weights: {start['name']}, iteration {start['iteration']}")
+    torch.backends.cudnn.allow_tf32 = False  # likelihoods and audio as exact as on the CPU
+    model = build_model(config.waveflow_config)
+    ckpt.load_weights(model, start["model"])
+    return model.to(device).eval(), start["name"]
+
+
+def _refuse_to_overwrite(folder: Path, iteration: int) -> None:
+    if found := [path for path in ckpt.list_checkpoints(folder) if int(path.name.split("_")[1]) > iteration]:
+        raise InputError(
+            f"{folder} already holds {len(found)} checkpoint(s) beyond iteration {iteration}; go on with --resume "
+            "latest, start from one with --set train_config.checkpoint_path=FILE, or choose another "
+            "train_config.output_directory"
+        )
+
+
+# --- command line -----------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of the published train.py, and a few more."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-c", "--config", required=True, metavar="FILE", help="experiment file, see configs/")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config value")
+    add("-w", "--warm_start", action="store_true", help="take only the weights of the checkpoint, start at iteration 0")
+    add("-v", "--evaluate", action="store_true", help="log-likelihood of the full test clips")
+    add("-s", "--synthesize", action="store_true", help="synthesize every wav or mel of the test list")
+    add("-t", "--temp", type=float, default=1.0, help="standard deviation of the noise that synthesis starts from")
+    add("-a", "--average_checkpoint", type=int, metavar="N", help="start from the average of the newest N checkpoints")
+    add("-e", "--epsilon", type=float, help="with -a: exponential weights epsilon (1 - epsilon)^i instead of the mean")
+    add("--resume", choices=["latest"], help="go on from the newest whole checkpoint of the run, if it has any")
+    add("--max_iterations", type=int, metavar="N", help="stop training at iteration N")
+    add("--max_hours", type=float, metavar="H", help="save and end after H hours; --resume latest goes on")
+    add("--deterministic", action="store_true", help="the same results twice on the same machine, at some speed")
+    add("--check_data", action="store_true", help="look for clips that would spoil the training, and do nothing else")
+    add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is any)")
+    options = parser.parse_args(arguments)
+    if options.evaluate + options.synthesize + options.check_data > 1:
+        parser.error("--evaluate, --synthesize and --check_data are jobs of their own; give one at a time")
+    for flag, value, valid in (
+        ("--temp", options.temp, 0 <= options.temp < float("inf")),
+        ("--average_checkpoint", n := options.average_checkpoint, n is None or n > 0),
+        ("--max_iterations", n := options.max_iterations, n is None or n > 0),
+        ("--max_hours", options.max_hours, options.max_hours is None or 0 < options.max_hours < float("inf")),
+    ):
+        if not valid:
+            parser.error(f"{flag} {value}: out of range")
+    if options.resume and (options.average_checkpoint is not None or options.warm_start):
+        parser.error("--resume, --average_checkpoint and --warm_start all say where to start; give one")
+    if options.epsilon is not None and options.average_checkpoint is None:
+        parser.error("--epsilon weights an average; give -a N with it")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one job; returns the exit status."""
+    options = parse_arguments(arguments)
+    try:
+        config = load_config(options.config, options.set)
+        if options.deterministic:
+            make_deterministic()
+        device = choose_device(options.device)
+        return _job(options)(config, options, device)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _job(options: argparse.Namespace) -> Callable[[Config, argparse.Namespace, torch.device], int]:
+    if options.check_data:
+        return check_data
+    return evaluate if options.evaluate else synthesize if options.synthesize else train
+
+
+if __name__ == "__main__":
+    sys.exit(main())
