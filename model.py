@@ -73,6 +73,11 @@ class FlowVocoder(nn.Module):
 
     def forward(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
         """The change of variables of WaveFlow, eq. 2: z [B, 1, h, T/h] and log|det dz/dx| [B]."""
+        if audio.dim() != 2 or len(audio) != len(mel):
+            raise InputError(
+                f"audio of shape {list(audio.shape)} and mel of shape {list(mel.shape)}: expected [batch, samples] "
+                "and [batch, bands, frames]"
+            )
         x = squeeze(audio.unsqueeze(1), self.config.n_height)  # [B, 1, h, W]
         log_det = x.new_zeros(len(x))
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
@@ -87,7 +92,7 @@ class FlowVocoder(nn.Module):
 
         Without z, noise of standard deviation temp and T' = hop * (F - 1); z [B, 1, h, T'/h] is used as it is.
         """
-        x = self.sample_noise(mel, temp) if z is None else z
+        x = self._noise(mel, temp, z)
         for flow in self.flows(self.condition(mel, x.size(2) * x.size(3)), backwards=True):
             x = flow.inverse(x)
         return unsqueeze(x).squeeze(1)
@@ -95,7 +100,7 @@ class FlowVocoder(nn.Module):
     @torch.no_grad()
     def reverse_fast(self, mel: Tensor, temp: float = 1.0, z: Tensor | None = None) -> Tensor:
         """The same audio as `reverse`, through the convolution queue of `synthesis.py`; the model stays as it is."""
-        return SynthesisEngine(self)(mel, self.sample_noise(mel, temp) if z is None else z)
+        return SynthesisEngine(self)(mel, self._noise(mel, temp, z))
 
     def flows(self, conditioning: Tensor, backwards: bool = False) -> Iterator[Flow]:
         """The flows in turn, sharing what the variant shares; conditioning [B, M, h, W]."""
@@ -115,8 +120,7 @@ class FlowVocoder(nn.Module):
 
     def condition(self, mel: Tensor, n_samples: int) -> Tensor:
         """Upsample, cut to the audio's length and squeeze: mel [B, M, F] -> [B, M, h, n_samples/h]."""
-        if mel.dim() != 3 or mel.size(1) != self.config.cin_channels:
-            raise InputError(f"mel of shape {list(mel.shape)}: expected [batch, {self.config.cin_channels}, frames]")
+        self._check_mel(mel)
         upsampled = self.upsampler(mel)
         if upsampled.size(2) < n_samples:
             raise InputError(
@@ -126,10 +130,22 @@ class FlowVocoder(nn.Module):
 
     def sample_noise(self, mel: Tensor, temp: float) -> Tensor:
         """z [B, 1, h, hop*(F-1)/h] for a mel [B, M, F], of standard deviation temp."""
+        self._check_mel(mel)
         n_samples = self.config.hop_length * (mel.size(2) - 1)
         if n_samples < 1:
             raise InputError(f"a mel of {mel.size(2)} frame(s) covers no audio; expected at least 2")
         return temp * torch.randn(len(mel), 1, self.config.n_height, n_samples // self.config.n_height).to(mel)
+
+    def _noise(self, mel: Tensor, temp: float, z: Tensor | None) -> Tensor:
+        if z is None:
+            return self.sample_noise(mel, temp)
+        if z.dim() != 4 or z.shape[:3] != (len(mel), 1, self.config.n_height):
+            raise InputError(f"z of shape {list(z.shape)}: expected [{len(mel)}, 1, {self.config.n_height}, columns]")
+        return z
+
+    def _check_mel(self, mel: Tensor) -> None:
+        if mel.dim() != 3 or mel.size(1) != self.config.cin_channels:
+            raise InputError(f"mel of shape {list(mel.shape)}: expected [batch, {self.config.cin_channels}, frames]")
 
 
 def build_model(waveflow_config: dict[str, Any] | WaveFlowConfig) -> FlowVocoder:

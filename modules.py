@@ -7,6 +7,7 @@ data to noise and also gives log|det|, inverse maps noise to data.
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import InputError, WaveFlowConfig
+from spline import rational_quadratic_spline
 
 SQRT_HALF = math.sqrt(0.5)
 LEAKY_SLOPE = 0.4  # of the upsampler
-MIN_BIN = 1e-3  # smallest width, height and derivative of a spline bin (Durkan et al., 2019)
 
 
 # --- rows -------------------------------------------------------------------------------------------------
@@ -50,6 +51,17 @@ def row_permutation(n_height: int, halves: bool) -> list[int]:
     if halves:
         return [*reversed(range(middle)), *reversed(range(middle, n_height))]
     return [*reversed(range(n_height))]
+
+
+def permute_rows(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """[B, C, h, W] with row i taken from row order[i]."""
+    return x.index_select(2, _row_index(order, x.device))
+
+
+@cache
+def _row_index(order: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # whoever asks first, a later backward pass may need it
+        return torch.tensor(order, device=device)  # kept there: making it anew would wait for an accelerator
 
 
 # --- weight norm ------------------------------------------------------------------------------------------
@@ -201,8 +213,7 @@ class BoundEstimator:
         """
         if order in self._products:
             return self._products[order]
-        rows = torch.tensor(order, device=self.conditioning.device)
-        permuted = self.conditioning.index_select(2, rows).contiguous(memory_format=torch.channels_last)
+        permuted = permute_rows(self.conditioning, order).contiguous(memory_format=torch.channels_last)
         products = [F.conv2d(permuted, *weights.conditioning) for weights in self.weights]
         if self.shared:
             self._products[order] = products
@@ -317,57 +328,6 @@ def _project(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(features.to(weight.dtype), weight, bias)
 
 
-def rational_quadratic_spline(
-    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, tail_bound: float, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Monotonic rational-quadratic spline with linear tails (Durkan et al., 2019, eq. 4 to 8).
-
-    x [...]; widths and heights [..., K] and inner derivatives [..., K-1] unconstrained. Returns the mapped x and
-    log|derivative| of the direction taken, both [...]. Identity outside [-tail_bound, tail_bound].
-    """
-    inside = (x >= -tail_bound) & (x <= tail_bound)
-    clamped = x.clamp(-tail_bound, tail_bound)
-    knots_x, knots_y = _knots(widths, tail_bound), _knots(heights, tail_bound)  # [..., K+1]
-    boundary = math.log(math.expm1(1 - MIN_BIN))  # softplus of it + MIN_BIN = 1, the slope of the tails
-    slopes = MIN_BIN + F.softplus(F.pad(derivatives, (1, 1), value=boundary))  # [..., K+1]
-
-    searched = knots_y if inverse else knots_x
-    k = (clamped.unsqueeze(-1) >= searched[..., 1:-1]).sum(-1, keepdim=True)
-    x0, x1, y0, y1, d0, d1 = (
-        values.gather(-1, k + step).squeeze(-1) for values in (knots_x, knots_y, slopes) for step in (0, 1)
-    )
-    width, height = x1 - x0, y1 - y0
-    slope = height / width
-    curve = d0 + d1 - 2 * slope
-    theta = _spline_inverse_theta(clamped - y0, height, slope, d0, curve) if inverse else (clamped - x0) / width
-    mixed = theta * (1 - theta)
-    denominator = slope + curve * mixed
-    mapped = x0 + theta * width if inverse else y0 + height * (slope * theta**2 + d0 * mixed) / denominator
-    log_det = (
-        2 * torch.log(slope)
-        + torch.log(d1 * theta**2 + 2 * slope * mixed + d0 * (1 - theta) ** 2)
-        - 2 * torch.log(denominator)
-    )
-    log_det = torch.where(inside, -log_det if inverse else log_det, 0.0)
-    return torch.where(inside, mapped, x), log_det
-
-
-def _knots(sizes: Tensor, tail_bound: float) -> Tensor:
-    n_bins = sizes.size(-1)
-    fractions = MIN_BIN + (1 - MIN_BIN * n_bins) * F.softmax(sizes, dim=-1)
-    inner = 2 * tail_bound * fractions[..., :-1].cumsum(-1) - tail_bound
-    return F.pad(F.pad(inner, (1, 0), value=-tail_bound), (0, 1), value=tail_bound)
-
-
-def _spline_inverse_theta(dy: Tensor, height: Tensor, slope: Tensor, d0: Tensor, curve: Tensor) -> Tensor:
-    # The root of a theta^2 + b theta + c that lies in [0, 1], in the form that does not cancel (eq. 6 to 8).
-    a = height * (slope - d0) + dy * curve
-    b = height * d0 - dy * curve
-    c = -slope * dy
-    discriminant = (b**2 - 4 * a * c).clamp(min=0)
-    return 2 * c / (-b - discriminant.sqrt())
-
-
 # --- one flow ---------------------------------------------------------------------------------------------
 
 
@@ -388,7 +348,7 @@ class Flow:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data to noise: x [B, 1, h, W] -> z [B, 1, h, W], log|det| [B]."""
-        x = self._permute(x)
+        x = permute_rows(x, self.permutation)
         params = self._params(shift_down(x), self.estimator.products(self.order))
         z, log_det = self.transform(x, params)
         return z, log_det.flatten(1).sum(1)
@@ -399,7 +359,7 @@ class Flow:
         for row in range(z.size(2)):
             params = self._params(shift_down(x[:, :, : row + 1]), products)
             x[:, :, row : row + 1] = self.transform.inverse(z[:, :, row : row + 1], params[:, :, row:])
-        return self._permute(x)
+        return permute_rows(x, self.permutation)  # its own inverse
 
     def forward_recomputed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`forward`, keeping its input only and computing the rest again in the backward pass."""
@@ -409,9 +369,6 @@ class Flow:
 
     def _params(self, shifted: Tensor, products: list[Tensor]) -> Tensor:
         return self.transform.project(self.estimator(shifted, products, self.index, self.gates))
-
-    def _permute(self, x: Tensor) -> Tensor:
-        return x.index_select(2, torch.tensor(self.permutation, device=x.device))  # its own inverse
 
 
 # --- loss -------------------------------------------------------------------------------------------------

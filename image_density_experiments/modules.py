@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import InputError
-from modules import MIN_BIN, rational_quadratic_spline
+from spline import MIN_BIN, rational_quadratic_spline
 
 SPLINE_BINS, TAIL_BOUND = 8, 5.0
 UNIT_SLOPE = math.log(math.expm1(1 - MIN_BIN))  # the raw spline derivative that means a slope of 1

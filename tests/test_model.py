@@ -154,8 +154,23 @@ def test_wrong_shapes_are_named():
         model(audio, mel[:, :40])
     with pytest.raises(InputError, match="multiple of the squeeze height 8"):
         model(audio[:, :-3], mel)
+    with pytest.raises(InputError, match=r"audio of shape \[1024\]"):
+        model(audio[0, :1024], mel)
+    with pytest.raises(InputError, match=r"audio of shape \[1, \d+\] and mel of shape \[2, 80, 4\]"):
+        model(audio[:1], mel)
+
+
+@pytest.mark.parametrize("method", ["reverse", "reverse_fast"])
+def test_wrong_shapes_of_synthesis_are_named(method):
+    model = random_vocoder()
+    mel = torch.zeros(2, 80, 4)
     with pytest.raises(InputError, match="covers no audio"):
-        model.reverse_fast(mel[:, :, :1])
+        getattr(model, method)(mel[:, :, :1])
+    with pytest.raises(InputError, match=r"\[80, 4\]: expected \[batch, 80, frames\]"):
+        getattr(model, method)(mel[0])
+    for shape in [(2, 1, 4, 96), (2, 2, 8, 96), (1, 1, 8, 96), (8, 96)]:
+        with pytest.raises(InputError, match=r"expected \[2, 1, 8, columns\]"):
+            getattr(model, method)(mel, z=torch.zeros(shape))
 
 
 def test_build_model_takes_published_strings_and_names_mistakes():

@@ -12,12 +12,12 @@ from modules import (
     Spline,
     Upsampler,
     WeightNorm,
-    rational_quadratic_spline,
     row_permutation,
     shift_down,
     squeeze,
     unsqueeze,
 )
+from spline import rational_quadratic_spline
 from vocoders import small_config
 
 
