@@ -62,6 +62,10 @@ class TrainConfig:
     keep_checkpoints: int = _at_least_zero(0)  # added: how many stay, the newest; 0, as published: all
     checkpoint_activations: bool = False  # added: keep one flow's activations at a time; slower, in less memory
     max_bad_steps: int = _positive(10)  # added: steps in a row with a loss or gradient that is not finite, then stop
+    accumulation_steps: int = _positive(1, maximum=2**16)  # added: parts of a batch that go through one after the other
+    ema_decay: float = _at_least_zero(0.0, maximum=0.9999999)  # added: moving average of the weights; 0: none
+    warmup_steps: int = _at_least_zero(0)  # added: over which the learning rate rises; 0, as published: none
+    compile: bool = False  # added: torch.compile of the estimator for training steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """How a training step computes: float32, or half precision through torch.amp or NVIDIA Apex."""
 
+import platform
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,7 +14,8 @@ from config import InputError, TrainConfig
 class Precision:
     """Full precision; the base of the half-precision kinds.
 
-    Usage: `with precision.autocast(): loss = ...`, then `norm = precision.step(loss)`.
+    Usage: `with precision.autocast(): loss = ...`, then `norm = precision.step(loss)`; or `backward` for each part of
+    a batch and `update` with the loss of the whole.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
@@ -24,13 +26,25 @@ class Precision:
         return nullcontext()
 
     def step(self, loss: Tensor) -> Tensor:
-        """Backward, clip the gradient norm, update the weights; returns the norm before clipping.
+        """`backward` and `update` in one."""
+        self.backward(loss)
+        return self.update(loss)
+
+    def backward(self, loss: Tensor, first: bool = True, last: bool = True) -> None:
+        """Gradients of a batch, or of the first to the last of its parts, which add up."""
+        if first:
+            self.optimizer.zero_grad(set_to_none=True)
+        self._backward(loss, last)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def update(self, loss: Tensor) -> Tensor:
+        """Clip the gradient norm, update the weights; returns the norm before clipping.
 
         Where the loss or the norm is not finite, weights and optimizer state stay as they were.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = self._clip(self.model.parameters())
+        norm = nn.utils.clip_grad_norm_(self._parameters(), self.max_grad_norm)
         step_if_finite(self.optimizer, loss, norm)
         return norm
 
@@ -41,8 +55,8 @@ class Precision:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
 
-    def _clip(self, parameters: Iterable[Tensor]) -> Tensor:
-        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+    def _parameters(self) -> Iterable[Tensor]:
+        return self.model.parameters()
 
 
 class TorchAmp(Precision):
@@ -57,12 +71,12 @@ class TorchAmp(Precision):
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device, dtype=self.dtype)
 
-    def step(self, loss: Tensor) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _backward(self, loss: Tensor, last: bool) -> None:
         self.scaler.scale(loss).backward()
+
+    def update(self, loss: Tensor) -> Tensor:
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip(self.model.parameters())
-        step_if_finite(self.optimizer, loss, norm)
+        norm = super().update(loss)
         self.scaler.update()  # a lower scale where a gradient overflowed
         return norm
 
@@ -82,13 +96,12 @@ class ApexAmp(Precision):
         self.amp = _apex_amp()
         self.amp.initialize(model, optimizer, opt_level="O1", verbosity=0)
 
-    def step(self, loss: Tensor) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.amp.scale_loss(loss, self.optimizer) as scaled:
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        with self.amp.scale_loss(loss, self.optimizer, delay_unscale=not last) as scaled:
             scaled.backward()
-        norm = self._clip(self.amp.master_params(self.optimizer))
-        step_if_finite(self.optimizer, loss, norm)
-        return norm
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return self.amp.master_params(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return self.amp.state_dict()
@@ -113,6 +126,20 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor)
         optimizer.step()
     finally:
         del optimizer.grad_scale, optimizer.found_inf
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; without, it is slower at them than at float32."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def slow_half_warning(config: TrainConfig, device: torch.device) -> str | None:
+    """One line where `fp16_run` costs time instead of saving it, or None."""
+    if not config.fp16_run or device.type != "cpu" or fast_bfloat16():
+        return None
+    return "fp16_run: this CPU has no bfloat16 products, so half precision is slower here than float32"
 
 
 def make_precision(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> Precision:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -109,6 +109,15 @@ class RunLog:
         """Flush and close the files."""
         self._table.close()
         self._to_tensorboard(lambda writer: writer.close())
+
+
+class NoLog:
+    """Takes what a RunLog takes and writes nothing: the log of all processes but the main one."""
+
+    def steps(self, *_: Any) -> None:
+        """Nothing, as all of them."""
+
+    scalar = likelihood = sample = close = steps
 
 
 def mel_figure(mels: dict[str, Tensor]) -> "Figure":

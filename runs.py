@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from files import Appended, remove_debris, written_whole
 VERSION = "0.1.0"  # of this project, for the record of a run
 LOCK_NAME, RECORD_NAME, CONFIG_NAME = "run.lock", "run_record.jsonl", "config.json"
 MAX_NAMES = 16  # of files in one message
+
+Result = TypeVar("Result")
 
 # --- the run folder ---------------------------------------------------------------------------------------
 
@@ -176,17 +178,19 @@ class StopRequest:
             self._interruptible = False
             raise _StopNow
 
-    def unless_stopped(self, work: Callable[[], None]) -> None:
-        """Do what may be left half done, such as an evaluation; a signal, before or during it, ends it at once."""
+    def unless_stopped(self, work: Callable[[], Result]) -> Result | None:
+        """Do what may be left half done, such as an evaluation, and return its result.
+
+        A signal, before or during it, ends it at once: None.
+        """
         try:
             self._interruptible = True
             try:
-                if self.signal is None:
-                    work()
+                return work() if self.signal is None else None
             finally:
                 self._interruptible = False
         except _StopNow:
-            pass
+            return None
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:

@@ -68,7 +68,7 @@ def apex_double():
     calls = []
 
     @contextmanager
-    def scale_loss(loss, optimizer):
+    def scale_loss(loss, optimizer, delay_unscale=False):
         calls.append("scale_loss")
         yield loss
 
