@@ -240,9 +240,14 @@ class ImageFlow(nn.Module):
         temperature scales the standard deviation of all that is drawn: the splits' noise, and the top if not given.
         """
         if z is None:
-            n = n or (1 if y_onehot is None else len(y_onehot))
+            n = (1 if y_onehot is None else len(y_onehot)) if n is None else n
+            if n < 1:
+                raise InputError(f"n {n}: expected at least 1 image")
             mean, log_std = self.prior(n, y_onehot)
             z = mean + torch.exp(log_std) * temperature * torch.randn(mean.shape).to(mean)
+        channels, height, width = self.config.level_shape(self.config.L - 1)
+        if z.shape[1:] != (channels, height, width):
+            raise InputError(f"z of shape {list(z.shape)}: expected [n, {channels}, {height}, {width}]")
         noises = []
         for level in range(self.config.L - 1):
             channels, height, width = self.config.level_shape(level)

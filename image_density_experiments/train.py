@@ -76,6 +76,8 @@ def train(options: argparse.Namespace, device: torch.device) -> int:
             f"{len(data.train.images)} training and {len(data.test.images)} test images, iterations "
             f"{trainer.iteration} to {last} on {device}, files in {folder}"
         )
+        if trainer.iteration >= last:
+            print(f"nothing to do: the run is at iteration {trainer.iteration}; raise --epochs or --max_iterations")
         stop = StopRequest()
         train_until(last, trainer, options.temperatures, stop)
     if stop.signal is None:
@@ -270,11 +272,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     for name, minimum in (
         *((name, 1) for name in ("batch_size", "eval_batch_size", "epochs", "n_init_batches", "sample_every")),
-        *((name, 0) for name in ("n_workers", "seed", "lr", "warmup", "max_grad_clip", "max_grad_norm", "y_weight")),
+        *((name, 0) for name in ("n_workers", "seed", "warmup", "max_grad_clip", "max_grad_norm", "y_weight")),
         *((name, 1) for name in ("max_iterations",) if options.max_iterations is not None),
     ):
         if not minimum <= getattr(options, name) < float("inf"):
             parser.error(f"--{name} {getattr(options, name)}: expected at least {minimum}")
+    if not 0 < options.lr < float("inf"):
+        parser.error(f"--lr {options.lr}: expected a number above 0")
     if any(not 0 <= temperature < float("inf") for temperature in options.temperatures):
         parser.error("--temperatures: expected numbers of at least 0")
     options.output_dir = (
@@ -290,8 +294,8 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add("--K", type=int, help="steps per level (default 32)")
     add("--L", type=int, help="levels (default 3)")
     add("--actnorm_scale", type=float, help="standard deviation after the first actnorm (default 1.0)")
-    add("--flow_permutation", choices=PERMUTATIONS, help="default invconv")
-    add("--flow_coupling", choices=list(COUPLINGS), help="default affine")
+    add("--flow_permutation", metavar="KIND", help=f"{', '.join(PERMUTATIONS)} (default invconv)")
+    add("--flow_coupling", metavar="KIND", help=f"{', '.join(COUPLINGS)} (default affine)")
     add(
         "--no_LU_decomposed", dest="LU_decomposed", action="store_false", default=None, help="invconv as a plain matrix"
     )

@@ -37,6 +37,18 @@ def test_gradients_equal_the_plain_ones(model_type, coupling, mode):
         torch.testing.assert_close(gradients[name], gradient, atol=1e-8, rtol=1e-8, msg=name)
 
 
+@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+@pytest.mark.parametrize("coupling", ["affine", "additive", "spline"])
+def test_decoding_inverts_encoding_in_float64(mode, coupling):
+    model = random_model("nanoflow", dtype=torch.float64, flow_coupling=coupling)
+    x = 4 * random_images(model)  # far enough out for the spline's bins
+    expected = model.encode(x)
+    model.memory = mode
+    latents, log_det = model.encode(x)
+    torch.testing.assert_close((latents, log_det), expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(model.decode(latents), x, atol=1e-10, rtol=0)
+
+
 def kept_elements(model, mode, x):
     """Elements of the distinct tensors that autograd holds between the two passes, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

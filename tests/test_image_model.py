@@ -129,6 +129,14 @@ def test_images_of_another_shape_are_refused(shape):
         random_model("glow")(torch.zeros(shape))
 
 
+def test_latents_of_another_shape_and_no_images_are_refused():
+    model = random_model("glow")
+    with pytest.raises(InputError, match=r"z of shape \[2, 12, 2, 2\]: expected \[n, 24, 2, 2\]"):
+        model.reverse(torch.zeros(2, 12, 2, 2))
+    with pytest.raises(InputError, match="n 0: expected at least 1"):
+        model.reverse(n=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,7 +11,7 @@ from image_density_experiments.checkpoint import load_checkpoint, save_checkpoin
 from image_density_experiments.datasets import Split
 from image_density_experiments.evaluation import auroc, interpolate, reconstruct
 from image_density_experiments.model import load_weights
-from image_density_experiments.modules import ActNorm, FlowStep, Permutation, squeeze, unsqueeze
+from image_density_experiments.modules import COUPLINGS, ActNorm, FlowStep, Permutation, squeeze, unsqueeze
 from image_models import random_images, random_model
 
 
@@ -36,6 +36,21 @@ def test_a_reloaded_actnorm_is_not_initialised_again():
     fresh.load_state_dict(actnorm.state_dict())
     x = torch.randn(8, 2, 2, 2) * 9
     torch.testing.assert_close(fresh(x)[0], actnorm(x)[0])
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS.values())
+def test_couplings_invert_and_have_the_right_gradients_in_float64(coupling):
+    torch.manual_seed(0)
+    x = 3 * torch.randn(2, 2, 2, 2, dtype=torch.float64)  # some beyond the spline's tails
+    params = torch.randn(2, 2 * coupling.params_per_channel, 2, 2, dtype=torch.float64)
+    z, log_scale = coupling.forward(x, params)
+    assert (z - x).abs().max() > 0.1
+    torch.testing.assert_close(coupling.inverse(z, params), x, atol=1e-10, rtol=0)
+    slopes = torch.autograd.functional.jacobian(lambda v: coupling.forward(v, params)[0].sum(), x)
+    torch.testing.assert_close(log_scale, slopes.log(), atol=1e-10, rtol=0)
+    inputs = (x.requires_grad_(), params.requires_grad_())
+    assert torch.autograd.gradcheck(coupling.forward, inputs)
+    assert torch.autograd.gradcheck(coupling.inverse, inputs)
 
 
 def test_squeeze_orders_channels_by_row_and_column_in_the_block():

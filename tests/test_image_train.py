@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imsave
 
 from image_density_experiments.checkpoint import load_checkpoint, to_published
 from image_density_experiments.train import main
@@ -119,6 +120,55 @@ def test_out_of_distribution_histogram_and_auroc(tmp_path, capsys):
     assert (folder / "evaluation" / "glow_model_1" / "ood_folder.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_images_of_another_size_are_no_second_dataset(images, tmp_path, capsys):
+    run(images, tmp_path / "run", "--max_iterations", 1)
+    assert run(images, tmp_path / "run", "--ood", "patches", model=[]) == 1
+    assert "--ood patches: images of (32, 32, 3), the model takes (8, 8, 3)" in capsys.readouterr().err
+
+
+def test_a_class_conditional_model_trains_goes_on_evaluates_and_samples(tmp_path):
+    folder = tmp_path / "run"
+    patches = ["--dataset", "patches", "--output_dir", str(folder), "--eval_batch_size", "350", "--batch_size", "16"]
+    assert main([*SMALL, *QUICK, *patches, "--y_condition", "--y_weight", "0.5", "--max_iterations", "2"]) == 0
+    assert all(float(row["class_loss"]) > 0 for row in rows(folder / "losses.csv"))
+    assert main([*QUICK, *patches, "--saved_model", str(folder), "--max_iterations", "3"]) == 0
+    weights = load_checkpoint(folder / "glow_model_3.pt")["model"]
+    assert (
+        weights["project_class.linear.weight"].abs().max() > 0 and weights["project_ycond.linear.weight"].size(1) == 2
+    )
+    for job in ("--evaluate", "--sample"):
+        assert main([*QUICK, *patches, job]) == 0
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_an_image_damaged_behind_its_header_stops_the_run_by_name(tmp_path, capsys, n_workers):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in "abcdef":
+        imsave(folder / f"{name}.png", np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:150])
+    assert run(folder, tmp_path / "run", "--max_iterations", 4, "--n_workers", n_workers) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "b.png: cannot be read as an image" in error
+
+
+def test_a_damaged_newest_checkpoint_leaves_the_one_before(images, tmp_path, capsys):
+    run(images, tmp_path / "run", "--epochs", 2)
+    (tmp_path / "run" / "glow_model_8.pt").write_bytes(b"half a file")
+    assert run(images, tmp_path / "run", "--saved_model", tmp_path / "run", "--max_iterations", 5) == 0
+    assert "trying the one before" in capsys.readouterr().err
+    assert rows(tmp_path / "run" / "losses.csv")[-1]["iteration"] == "5"
+
+
+@pytest.mark.parametrize(("flag", "limit"), [("--max_grad_clip", 1e-4), ("--max_grad_norm", 1e-3)])
+def test_gradients_are_clipped_before_the_step(images, tmp_path, flag, limit):
+    run(images, tmp_path / "run", flag, limit, "--max_iterations", 1)
+    state = load_checkpoint(tmp_path / "run" / "glow_model_1.pt")["optimizer"]["state"]
+    # Adamax's first moment is a tenth of the gradient after one step; weight decay adds 5e-5 times the weight.
+    largest = max(10 * moments["exp_avg"].abs().max() for moments in state.values())
+    assert largest < limit + 5e-5 * 10
+
+
 def test_a_published_model_and_optimizer_go_on(images, tmp_path):
     model = random_model("nanoflow", hidden_channels=4, K=2)
     optimizer = torch.optim.Adamax(model.parameters(), lr=5e-4, weight_decay=5e-5)
@@ -167,6 +217,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_only_a_run_is_removed(images,
     [
         (["--model_type", "glowing"], "unknown; there are glow, glow_large, nanoflow_naive"),
         (["--dataset", "mnist"], "dataset 'mnist': unknown; there are patches, cifar10, svhn"),
+        (["--flow_coupling", "cubic"], "flow_coupling: expected one of affine, additive, spline"),
         (["--L", "4"], "images of 8x8 cannot be halved 4 times"),
         (["--batch_size", "19"], "18 training images are fewer than --batch_size 19"),
         (["--y_condition"], "the model knows 10 classes, folder has no labels"),
