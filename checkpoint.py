@@ -1,13 +1,14 @@
 """Checkpoints: saved whole, loaded without running code, averaged, and mapped to and from the published layout.
 
 A file `waveflow_<iteration>` holds a dict with the published entries `model` (under the published key names),
-`iteration`, `optimizer`, `scheduler` and `learning_rate`; this project adds `config` and `training_state`.
+`iteration`, `optimizer`, `scheduler` and `learning_rate`; this project adds `config`, `training_state`, and with
+`ema_decay` the moving average of the weights as `ema`.
 The optimizer numbers its parameters in the order of the keys of `model`.
 """
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +83,35 @@ def to_published(name: str, coupling_type: str, transform: str) -> str:
     return name
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Copy weights into the vocoder from either layout; strict, with the differences named in the InputError."""
-    load_strictly(model, _our_weights(state_dict))
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "the weights") -> None:
+    """Copy weights into the vocoder from either layout, strictly.
+
+    InputError names the source and the differences, as the file calls them, or as it would.
+    """
+    config = model.config
+    names = {from_published(name): name for name in state_dict}
+
+    def shown(name: str) -> str:
+        return names.get(name) or to_published(name, config.coupling_type, config.transform)
+
+    load_strictly(model, _our_weights(state_dict), source, shown)
 
 
-def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """`load_state_dict` that changes nothing and raises a one-line InputError where keys or shapes differ."""
+def load_strictly(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str = "the weights",
+    shown: Callable[[str], str] = lambda name: name,
+) -> None:
+    """`load_state_dict` that changes nothing and raises a one-line InputError where keys or shapes differ.
+
+    shown: how the message is to call a key.
+    """
     own = model.state_dict()
-    missing = [name for name in own if name not in weights]
-    unknown = [name for name in weights if name not in own]
+    missing = [shown(name) for name in own if name not in weights]
+    unknown = [shown(name) for name in weights if name not in own]
     shapes = [
-        f"{name} is {list(weights[name].shape)} instead of {list(own[name].shape)}"
+        f"{shown(name)} is {list(weights[name].shape)} instead of {list(own[name].shape)}"
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
@@ -103,7 +121,7 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if names
     ]
     if problems:
-        raise InputError(f"the weights are of another model than the config describes; {'; '.join(problems)}")
+        raise InputError(f"{source}: of another model than the config describes; {'; '.join(problems)}")
     model.load_state_dict(weights)
 
 
@@ -136,12 +154,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     for name, value in weights.items():
         if value.is_floating_point() and not _is_stray(name) and not torch.isfinite(value).all():
             raise InputError(f"checkpoint {path}: {name} is not finite, its run had diverged; use an earlier one")
+    average = {"ema": _checked_average(checkpoint["ema"], weights, path)} if "ema" in checkpoint else {}
     return {
         "iteration": 0,
         **checkpoint,
+        **average,
         "model": _our_weights(weights),
         "parameter_order": _parameter_order(checkpoint),
     }
+
+
+def _checked_average(average: Any, weights: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """The moving average under our names: tensors like the weights, and finite."""
+    for name, value in weights.items():
+        own = average.get(name) if isinstance(average, Mapping) else None
+        if not isinstance(own, Tensor) or own.shape != value.shape or not torch.isfinite(own).all():
+            raise InputError(f"checkpoint {path}: its moving average 'ema' is damaged at {name}; use another one")
+    return _our_weights(average)
 
 
 def check_config(checkpoint: Mapping[str, Any], config: Config, name: str) -> None:
@@ -278,12 +307,18 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, **entries: Any) -> None:
-    """Write the weights of a vocoder under the published names, with further entries, whole or not at all."""
+    """Write the weights of a vocoder under the published names, with further entries, whole or not at all.
+
+    An entry `ema` is weights too, under our names.
+    """
     config = model.config
-    weights = {
-        to_published(name, config.coupling_type, config.transform): value for name, value in model.state_dict().items()
-    }
-    save_whole(path, {"model": weights, **entries})
+
+    def published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {to_published(name, config.coupling_type, config.transform): value for name, value in weights.items()}
+
+    if "ema" in entries:
+        entries["ema"] = published(entries["ema"])
+    save_whole(path, {"model": published(model.state_dict()), **entries})
 
 
 def save_whole(path: str | Path, content: Any) -> None:

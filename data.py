@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 import corpora
 from audio import MelSpectrogram, is_mel_file, read_mel, read_wav, rescale, shortest_audio, wav_length, write_mel
-from audio import write_wav as write_wav
 from config import Config, DataConfig, InputError, load_config
 from runs import leave_signals_to_the_main_process, worker_deaths_named
 
@@ -172,7 +171,7 @@ class ClipDataset(Dataset):
         if self.max_length is None:
             audio = read_clip(path, self.config)
         else:
-            audio = _read_rescaled(path, self.config)[: self.max_length]
+            audio = _read_rescaled(path, self.config, self.max_length)
             audio = F.pad(audio, (0, self.max_length - len(audio)))
         return path, audio, self.mel(audio)
 
@@ -191,9 +190,12 @@ def load_synthesis_entry(path: str, data_config: DataConfig, mel_fn: MelSpectrog
     return mel_fn(audio), audio
 
 
-def _read_rescaled(path: str, config: DataConfig) -> Tensor:
-    audio = read_wav(path, config.sampling_rate)
-    return rescale(audio, _peak(audio)) if config.rescale else audio
+def _read_rescaled(path: str, config: DataConfig, max_length: int | None = None) -> Tensor:
+    if config.rescale:  # by the peak of the whole clip
+        audio = read_wav(path, config.sampling_rate)
+        return rescale(audio, _peak(audio))[:max_length]
+    length = wav_length(path, config.sampling_rate)
+    return read_wav(path, config.sampling_rate, length=length if max_length is None else min(length, max_length))
 
 
 def _peak(audio: Tensor) -> float:

@@ -174,3 +174,12 @@ def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path):
         ckpt.save_whole(path, {"cannot be pickled": lambda: None})
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["waveflow_1"]
+
+
+def test_differences_are_named_as_the_file_has_them(tmp_path):
+    source, model = random_vocoder("nanoflow"), random_vocoder("nanoflow", n_layer=2)
+    ckpt.save_checkpoint(tmp_path / "waveflow_1", source)
+    with pytest.raises(InputError, match=r"not in this model: estimator\.net\.res_blocks\.2\.filter_gate_conv\.conv"):
+        ckpt.load_weights(model, ckpt.load_checkpoint(tmp_path / "waveflow_1")["model"], "checkpoint waveflow_1")
+    with pytest.raises(InputError, match=r"^checkpoint x: .*missing: estimator\.net\.res_blocks\.2\."):
+        ckpt.load_weights(source, model.state_dict(), "checkpoint x")

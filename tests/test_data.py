@@ -10,19 +10,17 @@ import pytest
 import torch
 
 import data
+from audio import MelSpectrogram, read_wav, write_wav
 from config import DataConfig, InputError, config_from_dict
 from data import (
     ClipDataset,
     CropDataset,
-    MelSpectrogram,
     ShuffledBatches,
     load_synthesis_entry,
     make_train_loader,
     output_names,
     overlap_warning,
     read_file_list,
-    read_wav,
-    write_wav,
 )
 
 RATE = 22_050
@@ -344,3 +342,15 @@ def test_a_bad_wav_or_none_is_one_line_on_stderr_and_nothing_is_written(clips, e
     assert message.startswith("error: ") and message.count("\n") == 1
     assert ("missing.wav" if wrong else "no wavs given") in message
     assert not (tmp_path / "mels").exists()
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_only_the_start_of_a_clip_is_read_where_no_more_is_needed(tmp_path, monkeypatch, rescaled):
+    path = str(tmp_path / "long.wav")
+    write_wav(path, noise(30_000), RATE)
+    whole = read_wav(path, RATE)
+    read = []
+    monkeypatch.setattr(data, "read_wav", lambda *args, **kwargs: read.append(read_wav(*args, **kwargs)) or read[-1])
+    _, audio, _ = ClipDataset([path], dataclasses.replace(SMALL, rescale=rescaled), max_length=4096)[0]
+    torch.testing.assert_close(audio, (whole * 0.999 / whole.abs().max() if rescaled else whole)[:4096])
+    assert [len(samples) for samples in read] == [30_000 if rescaled else 4096]  # the peak is the whole clip's
