@@ -5,6 +5,7 @@ LOCAL_RANK. They compute the same things except where `share` divides them; the 
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
@@ -20,7 +21,7 @@ from config import DistConfig, InputError
 from runs import StopRequest
 
 TIMEOUT = timedelta(minutes=30)  # for a process that hangs; one that dies is noticed at once
-_LOST = ("gloo", "nccl", "connection", "socket", "peer", "store")  # in what torch says when a process is gone
+_LOST = ("gloo", "nccl", "connection closed", "connection reset")  # in what torch says when a process is gone
 
 Result = TypeVar("Result")
 
@@ -63,9 +64,7 @@ def data_parallel(model: nn.Module, device: torch.device, find_unused: bool = Fa
     """
     if world_size() > 1:
         devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, devices, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused
-        )
+        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, find_unused_parameters=find_unused)
     if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
         return nn.DataParallel(model)
     return model
@@ -169,7 +168,9 @@ def _is_loss(error: RuntimeError) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200].rstrip(". ") if str(error).strip() else type(error).__name__
+    """The first sentence of what torch says, without the place in its source."""
+    text = re.sub(r"^\[\S*\] ", "", str(error).strip()).split("\n")[0].split(". ")[0]
+    return text[:200].rstrip(". ") or type(error).__name__
 
 
 # --- work divided and results put together ----------------------------------------------------------------

@@ -22,9 +22,20 @@ from audio import MelSpectrogram, is_mel_file, read_mel, wav_length, write_wav
 from config import Config, InputError, load_config
 from corpus_check import inspect_corpus, report_text, write_report
 from data import ClipDataset, load_synthesis_entry, output_names, overlap_warning, read_file_list
-from distributed import choose_device
+from distributed import (
+    choose_device,
+    gather,
+    held_by_main,
+    is_main,
+    on_main,
+    process_group,
+    report_error,
+    share,
+    world_size,
+)
 from evaluation import clip_likelihoods, log_mel_distance, noise_like, summarise, write_likelihoods
 from model import FlowVocoder, build_model, count_parameters
+from precision import slow_half_warning
 from report import save_mel_figure
 from runs import StopRequest, locked_run, make_deterministic, record_start
 from synthesis import SynthesisEngine
@@ -37,51 +48,58 @@ def train(config: Config, options: argparse.Namespace, device: torch.device) -> 
     """Train until `epochs`, --max_iterations, --max_hours or a signal; returns the exit status."""
     stop = StopRequest(options.max_hours)
     folder = run_folder(config)
-    with locked_run(folder):
-        start = starting_point(config, options)
+    with held_by_main(locked_run(folder)):
+        start = on_main(lambda: starting_point(config, options))
         if options.warm_start and start is None:
             raise InputError("--warm_start takes weights from a checkpoint: --set train_config.checkpoint_path=FILE")
         if not options.resume:
-            _refuse_to_overwrite(folder, 0 if start is None or options.warm_start else start["iteration"])
+            first = 0 if start is None or options.warm_start else start["iteration"]
+            on_main(lambda: _refuse_to_overwrite(folder, first))
         spared = start["sources"] if start else ()
         trainer = Trainer(config, device, folder, start, warm=options.warm_start, spared=spared)
         training_files, test_files = trainer.loader.dataset.files, read_file_list(config.data_config.test_files)
-        if warning := overlap_warning(training_files, test_files):
-            print(f"warning: {warning}", file=sys.stderr)
-        test_clips = ClipDataset(test_files, config.data_config, max_length=config.data_config.segment_length)
+        for warning in (overlap_warning(training_files, test_files), slow_half_warning(config.train_config, device)):
+            if warning and is_main():
+                print(f"warning: {warning}", file=sys.stderr)
+        test_clips = ClipDataset(share(test_files), config.data_config, max_length=config.data_config.segment_length)
         last = config.train_config.epochs * trainer.loader.batch_sampler.batches_per_epoch
         last = last if options.max_iterations is None else min(last, options.max_iterations)
         if trainer.iteration >= last:
             print(f"already at iteration {trainer.iteration}; there is nothing to train up to iteration {last}")
             return 0
         load_synthesis_entry(test_files[0], config.data_config, test_clips.mel)  # each checkpoint's sample needs it
-        record_start(folder, config.to_dict(), device=str(device), iterations=[trainer.iteration, last])
+        facts = {"device": str(device), "processes": world_size(), "iterations": [trainer.iteration, last]}
+        on_main(lambda: record_start(folder, config.to_dict(), **facts))
         print(
             f"{config.waveflow_config.model_name}: {count_parameters(trainer.model):,} parameters "
             f"({count_parameters(trainer.model, synthesis=True):,} for synthesis), {len(training_files)} clips, "
-            f"iterations {trainer.iteration} to {last} on {device}, files in {folder}"
+            f"iterations {trainer.iteration} to {last} on {_devices(device)}, files in {folder}"
         )
         saved = train_until(last, trainer, test_clips, stop)
     return stop.exit_status(saved, finished=trainer.iteration >= last)
 
 
+def _devices(device: torch.device) -> str:
+    return str(device) if world_size() == 1 else f"{world_size()} processes, each with a {device.type} device"
+
+
 def check_data(config: Config, options: argparse.Namespace, device: torch.device) -> int:
     """Look at every clip of both lists; exit status 1 where a run would fail or learn the wrong thing."""
     training_files, test_files = map(read_file_list, (config.data_config.training_files, config.data_config.test_files))
-    clips = inspect_corpus(training_files, test_files, config.data_config)
+    clips = on_main(lambda: inspect_corpus(training_files, test_files, config.data_config))
     path = run_folder(config) / "data_check.csv"
-    write_report(path, clips)
+    on_main(lambda: write_report(path, clips))
     print(f"{report_text(clips)}\nevery clip: {path}")
     return int(any(clip.severity == "error" for clip in clips))
 
 
 def evaluate(config: Config, options: argparse.Namespace, device: torch.device) -> int:
     """Log-likelihood over the full test clips, per clip in a CSV and averaged."""
-    clips = ClipDataset(read_file_list(config.data_config.test_files), config.data_config)
+    clips = ClipDataset(share(read_file_list(config.data_config.test_files)), config.data_config)
     model, name = _load_model(config, options, device)
-    results = clip_likelihoods(model, clips, config.train_config.sigma, device)
+    results = gather(clip_likelihoods(model, clips, config.train_config.sigma, device))
     path = run_folder(config) / "evaluation" / f"{name}.csv"
-    write_likelihoods(path, results)
+    on_main(lambda: write_likelihoods(path, results))
     sigma = config.train_config.sigma
     print(f"{name}: {summarise(results)}{'' if sigma == 1 else f', at sigma {sigma:g}'}\nper clip: {path}")
     return 0
@@ -96,11 +114,11 @@ def synthesize(config: Config, options: argparse.Namespace, device: torch.device
         read_mel(file, data.n_mel_channels) if is_mel_file(file) else wav_length(file, data.sampling_rate)
     model, name = _load_model(config, options, device)
     engine = SynthesisEngine(model)
-    compared = False
+    compared = not is_main()
     folder = run_folder(config) / "synthesis" / f"{name}_temp{options.temp:g}"
-    torch.manual_seed(config.train_config.seed)
     total_samples, total_seconds = 0, 0.0
-    for file, output in zip(files, output_names(files), strict=True):
+    for number, (file, output) in share(list(enumerate(zip(files, output_names(files), strict=True)))):
+        torch.manual_seed(config.train_config.seed + number)  # noise that does not depend on who does the others
         mel, recording = load_synthesis_entry(file, data, mel_fn)
         began = time.perf_counter()
         batch = mel.unsqueeze(0).to(device)
@@ -114,6 +132,7 @@ def synthesize(config: Config, options: argparse.Namespace, device: torch.device
         if recording is not None and not compared:
             compared = True
             _compare(folder, output, recording, audio, mel_fn)
+    total_samples, total_seconds = map(sum, zip(*gather([(total_samples, total_seconds)]), strict=True))
     print(f"{len(files)} clip(s): {_speed(total_samples, total_seconds, data.sampling_rate)}\nwavs: {folder}")
     return 0
 
@@ -170,7 +189,9 @@ def starting_point(config: Config, options: argparse.Namespace) -> dict[str, Any
 def _load(path: Path, config: Config, sources: Sequence[Path] = ()) -> dict[str, Any]:
     start = ckpt.load_checkpoint(path)
     ckpt.check_config(start, config, str(path))
-    return {**start, "name": path.name, "sources": sources}
+    own = path.resolve().parent == run_folder(config).resolve()
+    name = path.name if own else f"{path.resolve().parent.name}_{path.name}"  # results of others do not meet its own
+    return {**start, "name": name, "sources": sources}
 
 
 def _newest_whole(config: Config) -> dict[str, Any] | None:
@@ -186,15 +207,16 @@ def _newest_whole(config: Config) -> dict[str, Any] | None:
 
 
 def _load_model(config: Config, options: argparse.Namespace, device: torch.device) -> tuple[FlowVocoder, str]:
-    start = starting_point(config, options) or _newest_whole(config)
+    start = on_main(lambda: starting_point(config, options) or _newest_whole(config))
     if start is None:
         raise InputError(
             f"no checkpoint in {run_folder(config)}; train first, or name one: --set train_config.checkpoint_path=FILE"
         )
-    print(f"weights: {start['name']}, iteration {start['iteration']}")
+    averaged = config.train_config.ema_decay > 0 and "ema" in start
+    print(f"weights: {start['name']}, iteration {start['iteration']}{', moving average' if averaged else ''}")
     torch.backends.cudnn.allow_tf32 = False  # likelihoods and audio as exact as on the CPU
     model = build_model(config.waveflow_config)
-    ckpt.load_weights(model, start["model"])
+    ckpt.load_weights(model, start["ema" if averaged else "model"], f"checkpoint {start['name']}")
     return model.to(device).eval(), start["name"]
 
 
@@ -254,9 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.deterministic:
             make_deterministic()
         device = choose_device(options.device)
-        return _job(options)(config, options, device)
+        with process_group(config.dist_config, device):
+            return _job(options)(config, options, device)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

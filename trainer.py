@@ -1,8 +1,10 @@
-"""The training loop: step, log, save, listen; stops when asked, goes on exactly where it stopped."""
+"""The training loop: step, log, save, listen; stops when asked, goes on exactly where it stopped.
 
-import copy
-import time
-from collections.abc import Collection, Sequence
+Among several processes each does its share of every step, and of every evaluation; the main one writes.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,15 @@ import checkpoint as ckpt
 from audio import write_wav
 from config import Config, InputError
 from data import ClipDataset, load_synthesis_entry, make_train_loader
-from distributed import data_parallel
-from evaluation import clip_likelihoods, summarise
+from distributed import agree, data_parallel, gather, gradients_stay, is_main, mean, rank, world_size
+from evaluation import ClipLikelihood, clip_likelihoods, summarise
 from model import build_model
 from modules import FlowLoss
+from optimisation import MovingAverage, Schedule
 from precision import make_precision
-from report import RunLog
+from progress import Progress
+from report import NoLog, RunLog
 from runs import BadSteps, StopRequest, worker_deaths_named
-
-READ_BACK_EVERY = {"cpu": 1, "cuda": 10}  # steps; reading a result back waits for the accelerator
 
 
 class Trainer:
@@ -46,19 +48,35 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.model = build_model(config.waveflow_config).to(device)
         self.model.checkpoint_activations = train.checkpoint_activations
-        self.parallel = data_parallel(self.model, device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=train.learning_rate, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, train.lr_decay_step, train.lr_decay_gamma)
+        self.schedule = Schedule(self.optimizer, train)
         self.precision = make_precision(train, self.model, self.optimizer)
         self.loss = FlowLoss(train.sigma)
         self.iteration, self._bad_steps_before = 0, 0
         if start is not None:
-            ckpt.load_weights(self.model, start["model"])
-            if not warm:
-                self._restore(start)
-        self.loader = make_train_loader(config, start_batch=self.iteration)
+            ckpt.load_weights(self.model, start["model"], f"checkpoint {start.get('name', '')}".rstrip())
+        self.average = MovingAverage(self.model, train.ema_decay)
+        if start is not None and not warm:
+            self._restore(start)
+        self.parallel = data_parallel(self.model, device)
+        self.parts = self._parts_of_a_batch()
+        self.loader = make_train_loader(config, self.iteration, rank(), world_size())
         self.bad_steps = BadSteps(train.max_bad_steps, self._files_of, tqdm.write, self._bad_steps_before)
-        self._schedule = self._schedule_now()
+
+    def _parts_of_a_batch(self) -> int:
+        train = self.config.train_config
+        if train.batch_size % (train.accumulation_steps * world_size()):
+            among = f" on each of {world_size()} processes" if world_size() > 1 else ""
+            raise InputError(
+                f"train_config.batch_size {train.batch_size} cannot be split into accumulation_steps "
+                f"{train.accumulation_steps} equal parts{among}; choose a multiple"
+            )
+        if train.compile and isinstance(self.parallel, torch.nn.DataParallel):
+            raise InputError(
+                "train_config.compile does not work on several GPUs in one process; start one process for each with "
+                "torchrun, or name one GPU with --device cuda:0"
+            )
+        return train.accumulation_steps
 
     def _files_of(self, step: int) -> list[str]:
         return [self.loader.dataset.files[index] for _, index in self.loader.batch_sampler.batch(step)]
@@ -70,8 +88,9 @@ class Trainer:
             )
         self.iteration = start["iteration"]
         ckpt.load_optimizer(self.optimizer, self.model, start)
-        ckpt.load_plain(self.scheduler, start["scheduler"])
-        self._follow_config()
+        ckpt.load_plain(self.schedule, start["scheduler"])
+        if "ema" in start:
+            self.average.load(start["ema"])
         state = start.get("training_state", {})  # absent from published files
         if not isinstance(state, dict) or type(state.get("bad_steps", 0)) is not int:
             raise InputError("the checkpoint's training state is damaged; --warm_start takes its weights only")
@@ -79,29 +98,31 @@ class Trainer:
         ckpt.restore_random_state(state, self.device)
         self._bad_steps_before = state.get("bad_steps", 0)
 
-    def _follow_config(self) -> None:
-        """Where the config's schedule is not the one restored, the config's holds from here on."""
-        train, schedule = self.config.train_config, self.scheduler
-        planned = [train.learning_rate], train.lr_decay_step, train.lr_decay_gamma
-        if (list(schedule.base_lrs), schedule.step_size, schedule.gamma) == planned:
-            return
-        schedule.base_lrs, schedule.step_size, schedule.gamma = planned
-        rate = train.learning_rate * train.lr_decay_gamma ** (schedule.last_epoch // train.lr_decay_step)
-        schedule._last_lr = [rate]
-        for group in self.optimizer.param_groups:
-            group["lr"], group["initial_lr"] = rate, train.learning_rate
-
     def step(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, ...]:
-        """One update; returns loss, prior and log-determinant terms (nats/sample) and gradient norm, on the device."""
+        """One update; returns loss, prior and log-determinant terms (nats/sample) and gradient norm, on the device.
+
+        audio [B, T] and mel [B, M, F] are this process's share of the batch, the results those of the whole.
+        """
         audio, mel = audio.to(self.device, non_blocking=True), mel.to(self.device, non_blocking=True)
-        with self.precision.autocast():
-            z, log_det = self.parallel(audio, mel)
-        loss = self.loss((z, log_det))
-        norm = self.precision.step(loss)
-        self.scheduler.step()
+        terms = 0
+        with compile_errors_named():
+            for number, part in enumerate(zip(audio.chunk(self.parts), mel.chunk(self.parts), strict=True), 1):
+                terms = terms + self._backward(*part, first=number == 1, last=number == self.parts)
+        loss, log_det = mean(terms)
+        norm = self.precision.update(loss)
+        self.schedule.move(1)
         self.iteration += 1
-        log_det = log_det.detach().sum() / z.numel()
-        return loss.detach(), -loss.detach() - log_det, log_det, norm
+        self.average.update(self.iteration)
+        return loss, -loss - log_det, log_det, norm
+
+    def _backward(self, audio: Tensor, mel: Tensor, first: bool, last: bool) -> Tensor:
+        """Gradients of a part of a batch; returns what it adds to the loss and the log-determinant term."""
+        with nullcontext() if last else gradients_stay(self.parallel):
+            with self.precision.autocast():
+                z, log_det = self.parallel(audio, mel)
+            loss = self.loss((z, log_det)) / self.parts
+            self.precision.backward(loss, first, last)
+        return torch.stack([loss.detach(), log_det.detach().sum() / z.numel() / self.parts])
 
     def save(self) -> Path:
         """Write the checkpoint of this iteration."""
@@ -111,7 +132,7 @@ class Trainer:
             self.model,
             iteration=self.iteration,
             optimizer=self.optimizer.state_dict(),
-            scheduler=self.scheduler.state_dict(),
+            scheduler=self.schedule.state_dict(),
             learning_rate=self.learning_rate,
             config=self.config.to_dict(),
             training_state={
@@ -119,26 +140,9 @@ class Trainer:
                 "bad_steps": self.bad_steps.in_a_row,
                 **ckpt.random_state(self.device),
             },
+            **({"ema": self.average.weights} if self.average.decay else {}),
         )
         return path
-
-    def settle_schedule(self, steps: int, skipped: int) -> None:
-        """Take the skipped ones of the last `steps` steps out of the learning rate schedule.
-
-        They still count as iterations, whose number decides the place in the data. Which steps were skipped is
-        known only when results are read back, so until then the schedule runs ahead of itself by at most that.
-        """
-        if skipped:
-            state, rates = self._schedule
-            self.scheduler.load_state_dict(state)
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            for _ in range(steps - skipped):
-                self.scheduler.step()
-        self._schedule = self._schedule_now()
-
-    def _schedule_now(self) -> tuple[dict[str, Any], list[float]]:
-        return copy.copy(self.scheduler.state_dict()), [group["lr"] for group in self.optimizer.param_groups]
 
     @property
     def learning_rate(self) -> float:
@@ -146,17 +150,33 @@ class Trainer:
         return self.optimizer.param_groups[0]["lr"]
 
 
+@contextmanager
+def compile_errors_named() -> Iterator[None]:
+    """Turn what torch.compile says where it cannot work into an InputError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__module__.split(".")[0:2] not in (["torch", "_dynamo"], ["torch", "_inductor"]):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"train_config.compile: torch.compile failed ({reason[:200]}); it needs a C++ compiler (g++) on CPUs and "
+            "Triton on GPUs: install it, or leave compile out"
+        ) from None
+
+
 def train_until(last: int, trainer: Trainer, test_clips: ClipDataset, stop: StopRequest) -> bool:
     """Train to iteration `last` or to a stop, with a checkpoint, an evaluation and a sample every
     `iters_per_checkpoint`. Returns whether the last checkpoint could be saved.
     """
-    log = RunLog(trainer.folder, trainer.iteration, trainer.config.train_config.with_tensorboard)
+    with_tensorboard = trainer.config.train_config.with_tensorboard
+    log = RunLog(trainer.folder, trainer.iteration, with_tensorboard) if is_main() else NoLog()
     progress = Progress(trainer, log, last)
     saver = Saver(trainer)
     try:
         with stop, worker_deaths_named():
             if trainer.iteration == 0:
-                stop.unless_stopped(lambda: _report_likelihood(trainer, test_clips, log))
+                _report_likelihood(trainer, test_clips, log, stop)
             if trainer.iteration < last:
                 _loop(last, trainer, test_clips, log, progress, saver, stop)
             return not saver.failed
@@ -169,8 +189,8 @@ def _loop(
     last: int,
     trainer: Trainer,
     test_clips: ClipDataset,
-    log: RunLog,
-    progress: "Progress",
+    log: RunLog | NoLog,
+    progress: Progress,
     saver: "Saver",
     stop: StopRequest,
 ) -> None:
@@ -178,15 +198,17 @@ def _loop(
     for audio, mel in trainer.loader:
         learning_rate = trainer.learning_rate
         progress.add(*trainer.step(audio, mel), learning_rate)
-        finished = trainer.iteration >= last or bool(stop)
+        finished = trainer.iteration >= last or (not progress.pending and agree(stop))
         due = due or trainer.iteration % every == 0
         if finished or due:
             progress.read_back()
+            progress.say()
             # Weights whose last step was not finite may be the reason: an older checkpoint is the better one.
             if finished or trainer.bad_steps.in_a_row == 0:
                 due = False
                 saver.save()
-                stop.unless_stopped(lambda: _show_progress(trainer, test_clips, log))
+                _report_likelihood(trainer, test_clips, log, stop)
+                _write_sample(trainer, test_clips, log, stop)
             progress.restart_clock()
         if finished:
             return
@@ -201,8 +223,10 @@ class Saver:
         self.trainer, self.failed = trainer, False
 
     def save(self) -> None:
-        """Write the checkpoint of this iteration; `failed` says whether that was refused."""
+        """Write the checkpoint of this iteration, if this is the main process; `failed` says whether it was refused."""
         trainer = self.trainer
+        if not is_main():
+            return
         try:
             path = trainer.save()
             self.failed = False
@@ -217,66 +241,37 @@ class Saver:
             )
 
 
-class Progress:
-    """The results of steps, read back from the device a few at a time, then judged, logged and shown."""
+def _report_likelihood(trainer: Trainer, test_clips: ClipDataset, log: RunLog | NoLog, stop: StopRequest) -> None:
+    """The likelihood of the test clips, of which `test_clips` is this process's share; nothing after a signal."""
 
-    def __init__(self, trainer: Trainer, log: RunLog, last: int) -> None:
-        self.trainer, self.log = trainer, log
-        self.bar = tqdm(total=last, initial=trainer.iteration, unit="step", dynamic_ncols=True, disable=None)
-        self.pending: list[tuple[Any, ...]] = []
-        self.restart_clock()
+    def evaluate_share() -> list[ClipLikelihood]:
+        with trainer.average.in_place():
+            return clip_likelihoods(trainer.model, test_clips, trainer.config.train_config.sigma, trainer.device)
 
-    def restart_clock(self) -> None:
-        """Leave what happened since the last reading out of the speed."""
-        self.began = time.perf_counter()
-
-    def add(self, *results: Any) -> None:
-        """Loss, prior, log-determinant, gradient norm as tensors on the device, and the learning rate."""
-        self.pending.append(results)
-        if len(self.pending) >= READ_BACK_EVERY[self.trainer.device.type]:
-            self.read_back()
-
-    def read_back(self) -> None:
-        """Log and judge what is pending; InputError after `max_bad_steps` in a row that were not finite."""
-        if not self.pending:
-            return
-        results = torch.stack([torch.stack([value.float() for value in row[:4]]) for row in self.pending]).tolist()
-        first = self.trainer.iteration - len(self.pending) + 1
-        rows = [(first + i, *result, row[4]) for i, (result, row) in enumerate(zip(results, self.pending, strict=True))]
-        self.pending.clear()
-        self.log.steps(rows)
-        good = [self.trainer.bad_steps.judge(iteration, loss, norm) for iteration, loss, _, _, norm, _ in rows]
-        self.trainer.settle_schedule(steps=len(good), skipped=good.count(False))
-        self._show(rows)
-        self.restart_clock()
-
-    def _show(self, rows: Sequence[tuple[float, ...]]) -> None:
-        config = self.trainer.config
-        samples = len(rows) * config.train_config.batch_size * config.data_config.segment_length
-        speed = samples / (time.perf_counter() - self.began)
-        self.log.scalar("train/samples_per_second", speed, self.trainer.iteration)
-        self.bar.set_postfix_str(f"loss {rows[-1][1]:.4f}, lr {rows[-1][5]:.2g}, {speed / 1000:.1f}k samples/s")
-        self.bar.update(len(rows))
-
-
-def _show_progress(trainer: Trainer, test_clips: ClipDataset, log: RunLog) -> None:
-    try:
-        _report_likelihood(trainer, test_clips, log)
-        _write_sample(trainer, test_clips, log)
-    except OSError as error:
-        tqdm.write(f"warning: the sample was not written ({error.strerror or error})")
-
-
-def _report_likelihood(trainer: Trainer, test_clips: ClipDataset, log: RunLog) -> None:
-    clips = clip_likelihoods(trainer.model, test_clips, trainer.config.train_config.sigma, trainer.device)
+    clips = gather(stop.unless_stopped(evaluate_share))
+    if clips is None:
+        return
     result = summarise(clips)
     log.likelihood(result, trainer.iteration)
     seconds = trainer.config.data_config.segment_length / trainer.config.data_config.sampling_rate
     tqdm.write(f"iteration {trainer.iteration}, first {seconds:.2f} s of each test clip: {result}")
 
 
-def _write_sample(trainer: Trainer, test_clips: ClipDataset, log: RunLog) -> None:
-    """Copy-synthesis of the first test clip, so that progress can be heard; the same noise each time."""
+def _write_sample(trainer: Trainer, test_clips: ClipDataset, log: RunLog | NoLog, stop: StopRequest) -> None:
+    """Copy-synthesis of the first test clip by the main process, so that progress can be heard."""
+
+    def write() -> None:
+        try:
+            with trainer.average.in_place():
+                _synthesize_first(trainer, test_clips, log)
+        except OSError as error:
+            tqdm.write(f"warning: the sample was not written ({error.strerror or error})")
+
+    if is_main():
+        stop.unless_stopped(write)
+
+
+def _synthesize_first(trainer: Trainer, test_clips: ClipDataset, log: RunLog | NoLog) -> None:
     data = trainer.config.data_config
     mel, _ = load_synthesis_entry(test_clips.files[0], data, test_clips.mel)
     devices = [trainer.device] if trainer.device.type == "cuda" else []
