@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import InputError, WaveFlowConfig, load_config
+from config import WaveFlowConfig, load_config
 from model import FlowVocoder, build_model
 from modules import SQRT_HALF, Flow, FlowLoss, unsqueeze
-from synthesis import PRECISIONS, SynthesisEngine
+from runs import exit_status
+from synthesis import PRECISIONS, SynthesisEngine, slow_precision_warning
 
 CONFIGS = [f"configs/{name}.json" for name in ("waveflow-h16-r64", "waveflow-h16-r128", "nanoflow-h16-r128-emb512")]
 CLIP_SECONDS = 6.5  # the mean clip of LJSpeech
@@ -319,39 +320,44 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
+def _fast_precisions(asked: Sequence[str], device: torch.device) -> list[str]:
+    """Those asked for, without those that would take hours here; the engine would measure float32 in their place."""
+    slow = {precision: warning for precision in asked if (warning := slow_precision_warning(precision, device))}
+    for warning in slow.values():
+        print(f"warning: {warning}", file=sys.stderr)
+    return [precision for precision in asked if precision not in slow] or ["float32"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        torch.backends.cuda.matmul.allow_tf32 = options.tf32
-        report = {
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "device": str(options.device),
-            "threads": torch.get_num_threads(),
-            "models": {},
-        }
-        print(
-            f"{report['device']}, {report['threads']} thread(s), torch {report['torch']}, load {os.getloadavg()[0]:.1f}"
-        )
-        for path in options.configs:
-            config = load_config(path)
-            workloads = make_workloads(config.waveflow_config, options.workloads, options)
-            peaks = measure(workloads, options.repeats, options.device)
-            baseline = next((workload for workload in workloads if workload.name == "queue"), None)
-            rate = config.data_config.sampling_rate
-            rows = [summarise(workload, peaks, baseline, rate) for workload in workloads]
-            name = config.waveflow_config.model_name
-            report["models"][name] = {"peaks": peaks, "load": os.getloadavg()[0], "rows": rows}
-            print_table(name, rows, peaks)
-        if options.json:
-            Path(options.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: _measure_all(options))
+
+
+def _measure_all(options: argparse.Namespace) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    report = {
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "device": str(options.device),
+        "threads": torch.get_num_threads(),
+        "models": {},
+    }
+    print(f"{report['device']}, {report['threads']} thread(s), torch {report['torch']}, load {os.getloadavg()[0]:.1f}")
+    for path in options.configs:
+        config = load_config(path)
+        workloads = make_workloads(config.waveflow_config, options.workloads, options)
+        peaks = measure(workloads, options.repeats, options.device)
+        baseline = next((workload for workload in workloads if workload.name == "queue"), None)
+        rate = config.data_config.sampling_rate
+        rows = [summarise(workload, peaks, baseline, rate) for workload in workloads]
+        name = config.waveflow_config.model_name
+        report["models"][name] = {"peaks": peaks, "load": os.getloadavg()[0], "rows": rows}
+        print_table(name, rows, peaks)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

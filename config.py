@@ -58,7 +58,7 @@ class TrainConfig:
     with_tensorboard: bool = True
     max_grad_norm: float = _above_zero(5.0)  # added: the published code has the 5 in its loop
     amp_backend: str = _one_of("torch", "apex", default="torch")  # added: who does fp16_run
-    num_workers: int = _at_least_zero(2, maximum=2**10)  # added: data loading processes
+    num_workers: int = _at_least_zero(2, maximum=2**8)  # added: data loading processes
     keep_checkpoints: int = _at_least_zero(0)  # added: how many stay, the newest; 0, as published: all
     checkpoint_activations: bool = False  # added: keep one flow's activations at a time; slower, in less memory
     max_bad_steps: int = _positive(10)  # added: steps in a row with a loss or gradient that is not finite, then stop
@@ -76,10 +76,10 @@ class DataConfig:
     test_files: str = ""
     segment_length: int = _positive(16_000, maximum=2**26)
     sampling_rate: int = _positive(22_050, maximum=2**20)
-    filter_length: int = _positive(1_024, maximum=2**18)
-    hop_length: int = _positive(256, maximum=2**18)
-    win_length: int = _positive(1_024, maximum=2**18)
-    n_mel_channels: int = _positive(80, maximum=2**12)
+    filter_length: int = _positive(1_024, maximum=2**16)
+    hop_length: int = _positive(256, maximum=2**16)
+    win_length: int = _positive(1_024, maximum=2**16)
+    n_mel_channels: int = _positive(80, maximum=2**10)
     mel_fmin: float = _at_least_zero(0.0)
     mel_fmax: float = _above_zero(8_000.0)
     rescale: bool = False
@@ -111,18 +111,18 @@ class WaveFlowConfig:
     """`waveflow_config`: the flow vocoder; `coupling_type` says what its flows share."""
 
     model_name: str = "waveflow"
-    cin_channels: int = _positive(80, maximum=2**12)
+    cin_channels: int = _positive(80, maximum=2**10)
     res_channels: int = _positive(maximum=2**14)
     n_height: int = _positive(16, maximum=2**12)
     n_layer: int = _positive(8, maximum=16)
     n_flow: int = _positive(8, maximum=128)
     n_layer_per_cycle: int = _positive(1, maximum=16)
     coupling_type: str = _one_of(*COUPLING_TYPES)
-    size_flow_embed: int = _at_least_zero(0, maximum=2**16)
+    size_flow_embed: int = _at_least_zero(0, maximum=2**14)
     use_weightnorm_embed: bool = False
     bipartize: bool = False
     transform: str = _one_of("affine", "spline", default="affine")
-    num_bin: int = _positive(8, maximum=2**12)
+    num_bin: int = _positive(8, maximum=2**8)
     tail_bound: float = _above_zero(5.0)
     upsample_strides: tuple[int, ...] = (16, 16)  # added: their product is the hop
 
@@ -206,13 +206,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)
-        sections = json.loads(text) if len(text) <= MAX_CHARACTERS else None
+        sections = json.loads(text, object_pairs_hook=_distinct) if len(text) <= MAX_CHARACTERS else None
     except FileNotFoundError:
         raise InputError(f"config {path}: no such file; the shipped ones are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"config {path}: cannot be read ({error})") from None
     except RecursionError:
         raise InputError(f"config {path}: nested too deeply to be a config") from None
+    except InputError as error:
+        raise InputError(f"config {path}: {error}") from None
     except ValueError as error:
         raise InputError(f"config {path}: not valid JSON ({error})") from None
     if not isinstance(sections, dict):
@@ -223,6 +225,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return config_from_dict(sections)
     except InputError as error:
         raise InputError(f"config {path}: {error}") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file; a key given twice is refused, where JSON itself would quietly take the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{_show(twice)} is given twice; remove one of the two")
+    return values
 
 
 def config_from_dict(sections: dict[str, Any]) -> Config:
@@ -268,8 +280,10 @@ def _apply_override(sections: dict[str, Any], override: str) -> None:
     if not (equals and dot and section and key):
         raise InputError(f"--set {override}: expected section.key=value, as in train_config.batch_size=4")
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = json.loads(text, object_pairs_hook=_distinct)
+    except InputError as error:
+        raise InputError(f"--set {_show(override)}: {error}") from None
+    except (ValueError, RecursionError):
         value = text
     if not isinstance(sections.setdefault(section, {}), dict):
         raise InputError(f"--set {override}: {section} is not a section")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import corpora
 from audio import MelSpectrogram, is_mel_file, read_mel, read_wav, rescale, shortest_audio, wav_length, write_mel
 from config import Config, DataConfig, InputError, load_config
-from runs import leave_signals_to_the_main_process, worker_deaths_named
+from runs import exit_status, leave_signals_to_the_main_process, worker_deaths_named
 
 _ORDER, _CROP = 0, 1  # purposes of random numbers: each has streams of its own
 
@@ -293,15 +293,7 @@ def make_train_loader(config: Config, start_batch: int = 0, rank: int = 0, world
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python data.py mel | ljspeech | demo`; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

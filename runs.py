@@ -126,6 +126,30 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def exit_status(job: Callable[[], int | None], report: Callable[[Exception], None] | None = None) -> int:
+    """Do a job and return its status for the shell: what it returns, 130 after Ctrl-C, and 1 after an InputError, an
+    OSError or a lack of memory, which become one line on stderr, or what `report` makes of them.
+    """
+    report = report or _report
+    try:
+        return job() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (InputError, OSError) as error:
+        report(error)
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for the memory of the CPU
+        lack = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if not lack:
+            raise
+        report(InputError(f"out of memory ({' '.join(str(error).split())[:120]}); choose smaller sizes"))
+    return 1
+
+
+def _report(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)
+
+
 # --- stopping ---------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from image_density_experiments.checkpoint import FILE_NAME, load_checkpoint
 from image_density_experiments.figures import save_curves
 from image_density_experiments.model import build_model, count_parameters
 from image_density_experiments.trainer import EpochLog, StepLog
+from runs import exit_status
 
 
 class Run(NamedTuple):
@@ -80,16 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument("--curves", type=Path, metavar="PNG", help="draw the training curves here")
     options = parser.parse_args(arguments)
-    try:
-        runs = [read_run(folder) for folder in options.runs]
-        print_table(runs)
-        if options.curves:
-            save_curves(options.curves, {f"{run.name}, {run.parameters:,} parameters": run.curve for run in runs})
-            print(f"curves: {options.curves}")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: _compare(options.runs, options.curves))
+
+
+def _compare(folders: Sequence[Path], curves: Path | None) -> None:
+    runs = [read_run(folder) for folder in folders]
+    print_table(runs)
+    if curves:
+        save_curves(curves, {f"{run.name}, {run.parameters:,} parameters": run.curve for run in runs})
+        print(f"curves: {curves}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import argparse
 import re
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -43,7 +43,7 @@ from image_density_experiments.model import (
     count_parameters,
 )
 from image_density_experiments.trainer import Trainer, TrainOptions, save_samples, train_until
-from runs import LOCK_NAME, StopRequest, locked_run, record_start
+from runs import LOCK_NAME, StopRequest, exit_status, locked_run, record_start
 
 FOLDER = Path(__file__).resolve().parent
 RUN_FILES = ("glow_model_*.pt", "losses.csv", "epochs.csv", "config.json", "run_record.jsonl", "tensorboard")
@@ -358,13 +358,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     jobs = {"evaluate": evaluate, "sample": sample, "interpolate": interpolate_images, "ood": compare_datasets}
     job = next((run for name, run in jobs.items() if getattr(options, name)), train)
-    try:
-        if options.model_type is not None and options.model_type not in DESIGNS:
-            raise InputError(f"--model_type {options.model_type}: unknown; there are {', '.join(DESIGNS)}")
-        return job(options, choose_device("cpu" if options.no_cuda else None))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _checked(job, options))
+
+
+def _checked(job: Callable[[argparse.Namespace, torch.device], int], options: argparse.Namespace) -> int:
+    if options.model_type is not None and options.model_type not in DESIGNS:
+        raise InputError(f"--model_type {options.model_type}: unknown; there are {', '.join(DESIGNS)}")
+    return job(options, choose_device("cpu" if options.no_cuda else None))

@@ -128,3 +128,14 @@ def test_a_config_survives_its_own_dict():
     config = config_from_dict(sections())
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert isinstance(config, Config)
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    text = json.dumps(sections())
+    path.write_text(text.replace('"train_config": {}', '"train_config": {"seed": 1, "seed": 2}'))
+    with pytest.raises(InputError, match=r"config .*'seed' is given twice"):
+        load_config(path)
+    path.write_text(text)
+    with pytest.raises(InputError, match="'seed' is given twice"):
+        load_config(path, ['train_config.x={"seed": 1, "seed": 2}'])
