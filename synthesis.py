@@ -27,6 +27,7 @@ from torch import Tensor
 from config import InputError, WaveFlowConfig
 from folding import FoldedFlow, fold_flows
 from modules import squeeze
+from precision import fast_bfloat16
 from winograd import Scratch, Window, WinogradQueue, roll
 
 if TYPE_CHECKING:
@@ -35,6 +36,18 @@ if TYPE_CHECKING:
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 TILE = 2048  # columns; the products' operands of a tile then stay in cache
 CONTEXT = 2  # mel frames on each side that the upsampler sees: its layers reach 1 + 1/stride + ... < 2 frames
+
+
+def slow_precision_warning(precision: str | None, device: torch.device) -> str | None:
+    """One line where products in this precision would take longer than in float32, or None.
+
+    Without hardware for them PyTorch multiplies half-precision matrices on a CPU some hundred times slower.
+    """
+    if device.type != "cpu" or precision not in ("bfloat16", "float16"):
+        return None
+    if fast_bfloat16() if precision == "bfloat16" else torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return None
+    return f"this CPU has no {precision} products; synthesizing in float32, which is faster here"
 
 
 class ReceptiveField(NamedTuple):
@@ -70,13 +83,18 @@ class SynthesisEngine:
     """The inverse of a flow vocoder; every height, dilation cycle, variant and transform.
 
     precision: "float32", "bfloat16", "float16" or "float64" for the products; by default the model's own. Noise,
-    audio and the parameters of the transforms are never below float32. Later changes to the model are not seen.
+    audio and the parameters of the transforms are never below float32. Where half precision would be slower than
+    float32 it is float32 (`slow_precision_warning`), unless `even_if_slow`. Later changes to the model are not seen.
     """
 
-    def __init__(self, model: "FlowVocoder", precision: str | None = None, tile: int = TILE) -> None:
+    def __init__(
+        self, model: "FlowVocoder", precision: str | None = None, tile: int = TILE, even_if_slow: bool = False
+    ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         parameter = next(model.parameters())
+        if slow_precision_warning(precision, parameter.device) and not even_if_slow:
+            precision = "float32"
         self.config = model.config
         self.dtype = parameter.dtype if precision is None else PRECISIONS[precision]
         self.unit = 2**self.config.n_layer  # tiles are multiples of this

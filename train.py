@@ -38,7 +38,7 @@ from model import FlowVocoder, build_model, count_parameters
 from precision import slow_half_warning
 from report import save_mel_figure
 from runs import StopRequest, locked_run, make_deterministic, record_start
-from synthesis import SynthesisEngine
+from synthesis import SynthesisEngine, slow_precision_warning
 from trainer import Trainer, train_until
 
 # --- the jobs ---------------------------------------------------------------------------------------------
@@ -113,7 +113,9 @@ def synthesize(config: Config, options: argparse.Namespace, device: torch.device
     for file in files:  # every entry is found fit before the first wav is written
         read_mel(file, data.n_mel_channels) if is_mel_file(file) else wav_length(file, data.sampling_rate)
     model, name = _load_model(config, options, device)
-    engine = SynthesisEngine(model)
+    if (warning := slow_precision_warning(options.precision, device)) and is_main():
+        print(f"warning: {warning}", file=sys.stderr)
+    engine = SynthesisEngine(model, options.precision)
     compared = not is_main()
     folder = run_folder(config) / "synthesis" / f"{name}_temp{options.temp:g}"
     total_samples, total_seconds = 0, 0.0
@@ -242,6 +244,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("-v", "--evaluate", action="store_true", help="log-likelihood of the full test clips")
     add("-s", "--synthesize", action="store_true", help="synthesize every wav or mel of the test list")
     add("-t", "--temp", type=float, default=1.0, help="standard deviation of the noise that synthesis starts from")
+    add("--precision", choices=["float32", "bfloat16", "float16"], help="of the products of synthesis, default float32")
     add("-a", "--average_checkpoint", type=int, metavar="N", help="start from the average of the newest N checkpoints")
     add("-e", "--epsilon", type=float, help="with -a: exponential weights epsilon (1 - epsilon)^i instead of the mean")
     add("--resume", choices=["latest"], help="go on from the newest whole checkpoint of the run, if it has any")
@@ -263,6 +266,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"{flag} {value}: out of range")
     if options.resume and (options.average_checkpoint is not None or options.warm_start):
         parser.error("--resume, --average_checkpoint and --warm_start all say where to start; give one")
+    if options.precision is not None and not options.synthesize:
+        parser.error("--precision is that of synthesis; give --synthesize with it")
     if options.epsilon is not None and options.average_checkpoint is None:
         parser.error("--epsilon weights an average; give -a N with it")
     return options

@@ -212,6 +212,7 @@ def test_a_run_that_is_through_says_so(trained, capsys):
         ["-t", "-1"],
         ["-e", "0.5"],
         ["--evaluate", "--synthesize"],
+        ["--evaluate", "--precision", "float32"],
         ["-a", "2", "--resume", "latest"],
         ["-w", "--resume", "latest"],
         ["--max_hours", "nan"],

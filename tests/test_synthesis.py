@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import InputError
-from synthesis import SynthesisEngine, receptive_field
+from synthesis import SynthesisEngine, receptive_field, slow_precision_warning
 from vocoders import random_input, random_vocoder
 
 COUPLINGS = ["waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
@@ -16,6 +16,9 @@ SHAPES = {  # height, rows of dilation_h per cycle, layers, flows
     "height 16, cycle 2": {"n_height": 16, "n_layer_per_cycle": 2, "n_layer": 4},
     "height 32, cycle 3": {"n_height": 32, "n_layer_per_cycle": 3, "n_layer": 4, "n_flow": 2},
     "height 64, cycle 5": {"n_height": 64, "n_layer_per_cycle": 5, "n_layer": 6, "n_flow": 2},
+    "height 64, odd flows": {"n_height": 64, "n_layer_per_cycle": 2, "n_layer": 2},
+    "height 8, cycle 5": {"n_height": 8, "n_layer_per_cycle": 5, "n_layer": 6},
+    "height 32, odd flows": {"n_height": 32, "n_flow": 3},
     "one flow of one layer": {"n_flow": 1, "n_layer": 1},
     "bipartite, odd flows": {"bipartize": True, "n_flow": 3},
     "bipartite, six flows": {"bipartize": True, "n_flow": 6},
@@ -71,10 +74,34 @@ def test_double_precision_models_stay_in_double_precision(coupling):
 def test_half_precision_stays_near(precision):
     model, mel, z = case(n_flow=4)
     expected = model.reverse(mel, z=z)
-    audio = SynthesisEngine(model, precision=precision)(mel, z)
+    audio = SynthesisEngine(model, precision=precision, even_if_slow=True)(mel, z)
     assert audio.dtype == torch.float32
     error = (audio - expected).std() / expected.std()
     assert 1e-5 < error < (0.03 if precision == "bfloat16" else 0.005)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_cpu_without_half_precision_products_computes_in_float32(precision, monkeypatch):
+    model, mel, z = case()
+    monkeypatch.setattr("synthesis.fast_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    assert f"no {precision} products" in slow_precision_warning(precision, torch.device("cpu"))
+    assert torch.equal(SynthesisEngine(model, precision=precision)(mel, z), SynthesisEngine(model)(mel, z))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_cpu_with_half_precision_products_uses_them(precision, monkeypatch):
+    monkeypatch.setattr("synthesis.fast_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
+    assert slow_precision_warning(precision, torch.device("cpu")) is None
+    assert SynthesisEngine(case()[0], precision=precision).dtype == getattr(torch, precision)
+
+
+def test_no_warning_in_full_precision_or_elsewhere(monkeypatch):
+    monkeypatch.setattr("synthesis.fast_bfloat16", lambda: False)
+    assert slow_precision_warning("float32", torch.device("cpu")) is None
+    assert slow_precision_warning(None, torch.device("cpu")) is None
+    assert slow_precision_warning("bfloat16", torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize("tile", [2048, 16])

@@ -106,6 +106,19 @@ def test_synthesis_names_wavs_after_their_sources_and_accepts_mels(trained, tmp_
     assert (output / "clip6.png").exists()
 
 
+def test_synthesis_computes_in_the_precision_asked_for(trained, capsys, monkeypatch):
+    path, folder = trained
+    sounds, warnings = {}, {}
+    for fast in (True, False):
+        monkeypatch.setattr("synthesis.fast_bfloat16", lambda fast=fast: fast)
+        for precision in ("float32", "bfloat16"):
+            assert run("-c", path, "--synthesize", "--precision", precision) == 0
+            sounds[fast, precision] = (folder / "synthesis" / "waveflow_8_temp1" / "clip6.wav").read_bytes()
+            warnings[fast, precision] = capsys.readouterr().err
+    assert sounds[True, "float32"] == sounds[False, "float32"] == sounds[False, "bfloat16"] != sounds[True, "bfloat16"]
+    assert [key for key, text in warnings.items() if "no bfloat16 products" in text] == [(False, "bfloat16")]
+
+
 def test_the_average_is_used_and_written_by_every_job(trained, capsys):
     path, folder = trained
     expected = ckpt.average_checkpoints([folder / "waveflow_4", folder / "waveflow_8"])["model"]
