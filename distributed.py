@@ -103,14 +103,13 @@ def process_group(config: DistConfig, device: torch.device) -> Iterator[None]:
     if n_ranks == 1:
         yield
         return
-    backend = config.dist_backend if device.type == "cuda" else "gloo"  # nccl knows no CPUs
+    backend = "gloo"  # of the CPU: nccl knows none
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        backend = f"cpu:gloo,cuda:{config.dist_backend}"
     url = _meeting_place(config.dist_url)
     try:
-        dist.init_process_group(
-            f"cpu:gloo,cuda:{backend}", init_method=url, rank=own_rank, world_size=n_ranks, timeout=TIMEOUT
-        )
+        dist.init_process_group(backend, init_method=url, rank=own_rank, world_size=n_ranks, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"dist_config.dist_url {url}: {n_ranks} processes did not meet ({_first_line(error)}); "
@@ -134,8 +133,8 @@ def process_group(config: DistConfig, device: torch.device) -> Iterator[None]:
 def report_error(error: Exception) -> None:
     """One line on stderr, with the process's number if it is not the main one; what that has said is not repeated."""
     if not isinstance(error, SaidByMain):
-        own_rank = _place()[0]
-        print(f"error: {f'process {own_rank}: ' if own_rank else ''}{error}", file=sys.stderr)
+        number = os.environ.get("RANK", "0")
+        print(f"error: {'' if number == '0' else f'process {number}: '}{error}", file=sys.stderr)
 
 
 def _place() -> tuple[int, int]:
@@ -179,6 +178,11 @@ def _first_line(error: Exception) -> str:
 def share(items: Sequence[Result]) -> list[Result]:
     """This process's part of a list: every item is in exactly one part."""
     return list(items[rank() :: world_size()])
+
+
+def share_of_batch(batch: Tensor) -> Tensor:
+    """This process's rows of a whole batch [B, ...], as the loaders share it."""
+    return batch.chunk(world_size())[rank()]
 
 
 def gather(part: list[Result] | None) -> list[Result] | None:

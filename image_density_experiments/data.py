@@ -78,16 +78,27 @@ class QuantisedImages(Dataset):
 
 
 def make_train_loader(
-    data: ImageData, n_bits: int, batch_size: int, seed: int, n_workers: int, augmented: bool, start_batch: int = 0
+    data: ImageData,
+    n_bits: int,
+    batch_size: int,
+    seed: int,
+    n_workers: int,
+    augmented: bool,
+    start_batch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> CropLoader:
-    """Endless shuffled training batches (x [B, C, H, W], labels [B]) from batch number `start_batch` on."""
+    """Endless shuffled training batches (x [B, C, H, W], labels [B]) from batch number `start_batch` on.
+
+    Of several processes each gets its part of the same batches.
+    """
     if len(data.train.images) < batch_size:
         raise InputError(
             f"{len(data.train.images)} training images are fewer than --batch_size {batch_size}: not one batch; "
             "lower --batch_size or add images"
         )
     dataset = QuantisedImages(data.train, n_bits, seed, data.shift and augmented, data.flip and augmented)
-    batches = ShuffledBatches(len(dataset), batch_size, seed, start_batch)
+    batches = ShuffledBatches(len(dataset), batch_size, seed, start_batch, rank, world_size)
     return _loader(dataset, n_workers, batch_sampler=batches, persistent_workers=n_workers > 0)
 
 

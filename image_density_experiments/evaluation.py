@@ -28,14 +28,29 @@ def one_hot(labels: Tensor, model: ImageFlow) -> Tensor | None:
 
 
 @torch.no_grad()
-def bits_per_dim(model: ImageFlow, split: Split, batch_size: int, seed: int = 0, amp: bool = False) -> np.ndarray:
-    """Of each image of the split [N], with the same dequantisation noise every time; the model comes back as it was."""
+def bits_per_dim(
+    model: ImageFlow,
+    split: Split,
+    batch_size: int,
+    seed: int = 0,
+    amp: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> np.ndarray:
+    """Of each image of the split [N], with the same dequantisation noise every time; the model comes back as it was.
+
+    With world_size, of every so manieth image, the rank-th first.
+    """
     device, was_training = next(model.parameters()).device, model.training
     generator = torch.Generator().manual_seed(seed)
     model.eval()
-    results = []
+    results, n_seen = [torch.empty(0)], 0
     for x, labels in test_batches(split, model.config.n_bits, batch_size):
         noise = torch.rand(x.shape, generator=generator) / 2**model.config.n_bits
+        part = slice((rank - n_seen) % world_size, None, world_size)
+        x, labels, noise, n_seen = x[part], labels[part], noise[part], n_seen + len(x)
+        if not len(x):
+            continue
         with half_precision(device, amp):
             _, bits, _ = model(x.to(device), one_hot(labels, model), noise=noise.to(device))
         results.append(bits.float().cpu())

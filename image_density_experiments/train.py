@@ -24,11 +24,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from checkpoint import list_checkpoints, read_torch_file
-from config import InputError, section_from_dict
-from distributed import choose_device
+from config import DistConfig, InputError, section_from_dict
+from distributed import (
+    choose_device,
+    gather,
+    held_by_main,
+    is_main,
+    on_main,
+    process_group,
+    rank,
+    report_error,
+    world_size,
+)
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import to_pixels
 from image_density_experiments.datasets import DATASETS, ImageData, load_images
@@ -58,19 +69,20 @@ RESUMED_AS_BEGUN = ("batch_size", "lr", "warmup", "weight_decay", "seed", "augme
 def train(options: argparse.Namespace, device: torch.device) -> int:
     """Train to the last epoch or --max_iterations; returns the exit status."""
     folder = Path(options.output_dir)
-    start = starting_point(options)
-    _refuse_foreign_folder(folder, options)
-    data = load_images(options.dataset, options.dataroot, options.download)
+    start = on_main(lambda: starting_point(options))
+    on_main(lambda: _refuse_foreign_folder(folder, options))
+    data = _images(options)
     how = _train_options(options)
-    with locked_run(folder):
+    with held_by_main(locked_run(folder)):
         if options.fresh:
-            _clear(folder)
+            on_main(lambda: _clear(folder))
         torch.manual_seed(how.seed)
         model = _make_model(options, start, data, device)
         _warn_of_changes(start, how)
         trainer = Trainer(model, data, how, folder, start)
         last = min(how.epochs * trainer.batches_per_epoch, options.max_iterations or sys.maxsize)
-        record_start(folder, {**asdict(model.config), **asdict(how), "dataset": options.dataset})
+        record = {**asdict(model.config), **asdict(how), "dataset": options.dataset}
+        on_main(lambda: record_start(folder, record, processes=world_size()))
         print(
             f"{model.config.model_type}: {count_parameters(model):,} parameters, {options.dataset}: "
             f"{len(data.train.images)} training and {len(data.test.images)} test images, iterations "
@@ -89,7 +101,10 @@ def train(options: argparse.Namespace, device: torch.device) -> int:
 def evaluate(options: argparse.Namespace, device: torch.device) -> int:
     """Bits per dimension of the test images, in a CSV and averaged; reconstructions."""
     model, data, folder = _trained(options, device)
-    bits = bits_per_dim(model, data.test, options.eval_batch_size, options.seed, options.amp)
+    own = bits_per_dim(model, data.test, options.eval_batch_size, options.seed, options.amp, rank(), world_size())
+    bits = np.array(gather(list(own)))
+    if not is_main():
+        return 0
     write_bits(folder / "bits_per_dim.csv", {options.dataset: bits})
     print(f"{options.dataset}: {bits.mean():.4f} bits/dim over {len(bits)} test images (std {bits.std():.4f})")
     result = reconstruct(model, data.test, SHOWN)
@@ -203,12 +218,18 @@ def _trained(options: argparse.Namespace, device: torch.device) -> tuple[ImageFl
     options.saved_model = options.saved_model or options.output_dir
     if not Path(options.saved_model).exists():
         raise InputError(f"{options.saved_model}: not there; train first, or name a checkpoint with --saved_model")
-    start = starting_point(options)
-    data = load_images(options.dataset, options.dataroot, options.download)
+    start = on_main(lambda: starting_point(options))
+    data = _images(options)
     model = _make_model(options, start, data, device).eval()
     folder = Path(options.output_dir) / "evaluation" / Path(start["path"]).stem
     folder.mkdir(parents=True, exist_ok=True)
     return model, data, folder
+
+
+def _images(options: argparse.Namespace) -> ImageData:
+    if options.download:
+        on_main(lambda: load_images(options.dataset, options.dataroot, True) and None)
+    return load_images(options.dataset, options.dataroot)
 
 
 def _model_flags() -> list[str]:
@@ -223,7 +244,7 @@ def _train_options(options: argparse.Namespace) -> TrainOptions:
 def _warn_of_changes(start: dict[str, Any] | None, how: TrainOptions) -> None:
     begun = (start or {}).get("options", {})
     for name in RESUMED_AS_BEGUN:
-        if name in begun and begun[name] != getattr(how, name):
+        if is_main() and name in begun and begun[name] != getattr(how, name):
             print(
                 f"warning: {name} was {begun[name]}, now {getattr(how, name)}: not an exact continuation",
                 file=sys.stderr,
@@ -358,10 +379,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     jobs = {"evaluate": evaluate, "sample": sample, "interpolate": interpolate_images, "ood": compare_datasets}
     job = next((run for name, run in jobs.items() if getattr(options, name)), train)
-    return exit_status(lambda: _checked(job, options))
+    return exit_status(lambda: _checked(job, options), report_error)
 
 
 def _checked(job: Callable[[argparse.Namespace, torch.device], int], options: argparse.Namespace) -> int:
     if options.model_type is not None and options.model_type not in DESIGNS:
         raise InputError(f"--model_type {options.model_type}: unknown; there are {', '.join(DESIGNS)}")
-    return job(options, choose_device("cpu" if options.no_cuda else None))
+    device = choose_device("cpu" if options.no_cuda else None)
+    with process_group(DistConfig(), device):
+        shared = job in (train, evaluate)  # the others are for one
+        return job(options, device) if shared else on_main(lambda: job(options, device))

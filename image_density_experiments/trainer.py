@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 import checkpoint as root_checkpoint
 from config import InputError
-from distributed import data_parallel
+from distributed import agree, data_parallel, gather, is_main, mean, rank, share_of_batch, world_size
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import make_train_loader, to_pixels
 from image_density_experiments.datasets import ImageData
 from image_density_experiments.evaluation import bits_per_dim, half_precision, one_hot
 from image_density_experiments.figures import save_image_rows
 from image_density_experiments.model import ImageFlow
-from report import RunLog
+from report import NoLog, RunLog
 from runs import StopRequest, worker_deaths_named
 
 KEPT_CHECKPOINTS = 10
@@ -78,14 +78,14 @@ class Trainer:
         self.batches_per_epoch = max(1, len(data.train.images) // options.batch_size)
         if start is not None:
             self._restore(start)
-        self.loader = self._make_loader(self.iteration)
+        self.loader = self._make_loader(self.iteration, options.n_workers, rank(), world_size())
         if start is None:
             self._initialise()
-        self.parallel = data_parallel(model.train(), self.device)  # after initialising: replicas cannot
+        # After initialising: replicas cannot. Not every type's step uses all of its gates.
+        self.parallel = data_parallel(model.train(), self.device, find_unused=True)
 
-    def _make_loader(self, start_batch: int, n_workers: int | None = None) -> Any:
+    def _make_loader(self, start_batch: int, n_workers: int, rank: int = 0, world_size: int = 1) -> Any:
         options = self.options
-        n_workers = options.n_workers if n_workers is None else n_workers
         return make_train_loader(
             self.data,
             self.model.config.n_bits,
@@ -94,6 +94,8 @@ class Trainer:
             n_workers,
             options.augmented,
             start_batch,
+            rank,
+            world_size,
         )
 
     def _restore(self, start: dict[str, Any]) -> None:
@@ -130,7 +132,8 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        noise = self.model.draw_noise(x).to(self.device)
+        # Each process draws the noise of the whole batch, so that it does not depend on how many share it.
+        noise = share_of_batch(self.model.draw_noise(x.repeat(world_size(), 1, 1, 1))).to(self.device)
         x = x.to(self.device, non_blocking=True)
         with half_precision(self.device, self.options.amp):
             _, bits, y_logits = self.parallel(x, one_hot(labels, self.model), noise)
@@ -139,7 +142,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         (bits + self.options.y_weight * class_loss).backward()
         norm = self._clip_gradients()
-        results = torch.stack([bits.detach(), class_loss.detach(), norm]).tolist()
+        results = mean(torch.stack([bits.detach(), class_loss.detach(), norm])).tolist()
         if not all(map(math.isfinite, results)):
             raise InputError(
                 f"step {self.iteration + 1}: bits/dim {results[0]:.4g}, gradient norm {results[2]:.4g}; the "
@@ -174,9 +177,10 @@ class Trainer:
 
 def train_until(last: int, trainer: Trainer, temperatures: list[float], stop: StopRequest) -> None:
     """Train to iteration `last` or to a stop; evaluates, samples and saves at the end of every epoch."""
-    steps = StepLog(trainer.folder, trainer.iteration, tensorboard=True)
-    epochs = EpochLog(trainer.folder, trainer.iteration, tensorboard=False)
-    bar = tqdm(total=last, initial=trainer.iteration, unit="step", dynamic_ncols=True, disable=None)
+    steps = StepLog(trainer.folder, trainer.iteration, tensorboard=True) if is_main() else NoLog()
+    epochs = EpochLog(trainer.folder, trainer.iteration, tensorboard=False) if is_main() else NoLog()
+    hidden = None if is_main() else True  # None: where there is no terminal
+    bar = tqdm(total=last, initial=trainer.iteration, unit="step", dynamic_ncols=True, disable=hidden)
     try:
         with stop, worker_deaths_named(), bar:
             if trainer.iteration < last:
@@ -191,8 +195,8 @@ def _loop(
     trainer: Trainer,
     temperatures: list[float],
     stop: StopRequest,
-    steps: StepLog,
-    epochs: EpochLog,
+    steps: StepLog | NoLog,
+    epochs: EpochLog | NoLog,
     bar: tqdm,
 ) -> None:
     began, first = time.perf_counter(), trainer.iteration
@@ -202,12 +206,12 @@ def _loop(
         steps.steps([(trainer.iteration, epoch + 1, bits, class_loss, norm, learning_rate)])
         bar.set_postfix_str(f"epoch {epoch + 1}, {bits:.4f} bits/dim, lr {learning_rate:.2g}")
         bar.update()
-        finished = trainer.iteration >= last or bool(stop)
+        finished = trainer.iteration >= last or agree(stop)
         if trainer.iteration % trainer.batches_per_epoch == 0:
             speed = trainer.options.batch_size * (trainer.iteration - first) / (time.perf_counter() - began)
             _end_epoch(trainer, temperatures, stop, steps, epochs, speed, sampled=finished)
             began, first = time.perf_counter(), trainer.iteration
-        elif finished:
+        elif finished and is_main():
             tqdm.write(f"saved {trainer.save()}")
         if finished:
             return
@@ -217,31 +221,38 @@ def _end_epoch(
     trainer: Trainer,
     temperatures: list[float],
     stop: StopRequest,
-    steps: StepLog,
-    epochs: EpochLog,
+    steps: StepLog | NoLog,
+    epochs: EpochLog | NoLog,
     speed: float,
     sampled: bool,
 ) -> None:
     """Save, then measure: an evaluation that a signal ends early costs nothing but itself."""
     train_bits = trainer.epoch_bits / trainer.batches_per_epoch
     trainer.epoch_bits = 0.0
-    trainer.save()
+    options = trainer.options
+    if is_main():
+        trainer.save()
+    own_bits = stop.unless_stopped(
+        lambda: bits_per_dim(
+            trainer.model, trainer.data.test, options.eval_batch_size, options.seed, options.amp, rank(), world_size()
+        ).tolist()
+    )
+    test_bits = gather(own_bits)
 
     def report() -> None:
-        options = trainer.options
-        test_bits = bits_per_dim(trainer.model, trainer.data.test, options.eval_batch_size, options.seed, options.amp)
-        mean = float(test_bits.mean())
-        epochs.steps([(trainer.iteration, trainer.epoch, train_bits, mean, round(speed, 1))])
-        for name, value in (("train", train_bits), ("test", mean)):
+        average = sum(test_bits) / len(test_bits)
+        epochs.steps([(trainer.iteration, trainer.epoch, train_bits, average, round(speed, 1))])
+        for name, value in (("train", train_bits), ("test", average)):
             steps.scalar(f"epoch/{name}_bits_per_dim", value, trainer.iteration)
         tqdm.write(
-            f"epoch {trainer.epoch}: {train_bits:.4f} bits/dim on train, {mean:.4f} on test, {speed:.1f} images/s"
+            f"epoch {trainer.epoch}: {train_bits:.4f} bits/dim on train, {average:.4f} on test, {speed:.1f} images/s"
         )
         if sampled or trainer.epoch % options.sample_every == 0:
             path = trainer.folder / "samples" / f"epoch_{trainer.epoch:04d}.png"
             save_samples(path, trainer.model, temperatures, options.seed)
 
-    stop.unless_stopped(report)
+    if test_bits is not None and is_main():
+        stop.unless_stopped(report)
 
 
 def save_samples(path: Path, model: ImageFlow, temperatures: list[float], seed: int, n: int = 12) -> None:
