@@ -83,14 +83,16 @@ class _LongestRun:
         self.at_least, self._open, self._longest, self._total = at_least, 0, 0, 0
 
     def add(self, flags: np.ndarray) -> None:
+        if not len(flags):
+            return
         edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
         runs = edges[1::2] - edges[::2]  # lengths
-        if len(flags) and flags[0]:
+        if flags[0]:
             runs[0] += self._open
         else:
             self._close(self._open)
         self._open = 0
-        if len(flags) and flags[-1]:
+        if flags[-1]:
             self._open, runs = int(runs[-1]), runs[:-1]
         for run in runs[runs >= self.at_least]:
             self._close(int(run))
