@@ -26,7 +26,7 @@ from torch import Tensor
 
 from config import InputError, WaveFlowConfig
 from folding import FoldedFlow, fold_flows
-from modules import squeeze
+from modules import Upsampler, squeeze
 from precision import fast_bfloat16
 from winograd import Scratch, Window, WinogradQueue, roll
 
@@ -68,6 +68,16 @@ def receptive_field(config: WaveFlowConfig) -> ReceptiveField:
     return ReceptiveField(per_flow, per_flow * config.n_flow, CONTEXT)
 
 
+def upsampled_columns(upsampler: Upsampler, mel: Tensor, height: int, start: int, stop: int) -> Tensor:
+    """The conditioning [h, n, M] of columns [start, stop) of a clip, upsampling no more of its mel [M, F] than that."""
+    first, last = start * height, stop * height  # samples
+    hop = math.prod(upsampler.strides)
+    frame = max(first // hop - CONTEXT, 0)
+    seen = mel[:, frame : -(-last // hop) + CONTEXT].unsqueeze(0)
+    samples = upsampler(seen)[:, :, first - frame * hop : last - frame * hop]
+    return squeeze(samples, height)[0].permute(1, 2, 0)
+
+
 @dataclass(frozen=True)
 class _Clip:
     mel: Tensor  # [M, F]
@@ -100,7 +110,12 @@ class SynthesisEngine:
         self.unit = 2**self.config.n_layer  # tiles are multiples of this
         self.tile = max(1, tile // self.unit) * self.unit
         self.upsampler = copy.deepcopy(model.upsampler).requires_grad_(False)
-        self.flows = fold_flows(model, self.dtype, WinogradQueue.arrange)
+        if parameter.is_cuda:
+            from graphs import GraphEngine  # kernels for an accelerator: nobody else needs to import them
+
+            self.graphs = GraphEngine(model, self.upsampler, self.dtype)
+        else:
+            self.graphs, self.flows = None, fold_flows(model, self.dtype, WinogradQueue.arrange)
 
     def __call__(self, mel: Tensor, z: Tensor) -> Tensor:
         """mel [B, M, F], noise z [B, 1, h, W] -> audio [B, h*W]."""
@@ -115,6 +130,8 @@ class SynthesisEngine:
     def synthesize_many(self, clips: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """(mel [M, F], noise z [h, W]) of any lengths -> audio [h*W] of each, as if it were alone."""
         placed = self._place(clips)
+        if self.graphs is not None:
+            return self.graphs.synthesize_many(clips)
         x = _Run(self, placed).invert()  # [h, columns]
         return [x[:, clip.start : clip.stop].t().reshape(-1) for clip in placed]
 
@@ -235,11 +252,7 @@ class _Run:
         """Upsample and squeeze the mel for columns [start, stop), which are the clip's."""
         if start >= stop:
             return
-        first, last = ((column - clip.start) * self.height for column in (start, stop))  # samples
-        hop = math.prod(self.upsampler.strides)
-        frame = max(first // hop - CONTEXT, 0)
-        mel = clip.mel[:, frame : -(-last // hop) + CONTEXT].unsqueeze(0)
-        samples = self.upsampler(mel)[:, :, first - frame * hop : last - frame * hop]
         columns = self.conditioning[:, start - self.base : stop - self.base]
-        columns[..., :-1] = squeeze(samples, self.height)[0].permute(1, 2, 0)  # [h, n, M]
+        within = (column - clip.start for column in (start, stop))
+        columns[..., :-1] = upsampled_columns(self.upsampler, clip.mel, self.height, *within)
         columns[..., -1] = 1  # multiplies the biases

@@ -1,4 +1,10 @@
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run on the CPU, to be tested
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from experiments import write_config, write_corpus
 
