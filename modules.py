@@ -6,6 +6,7 @@ data to noise and also gives log|det|, inverse maps noise to data.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
@@ -123,6 +124,11 @@ class LayerWeights(NamedTuple):
     res_skip_bias: Tensor  # [2R]
     conditioning: tuple[Tensor, Tensor]  # [2R, M, 1, 1], [2R]
 
+    def to(self, dtype: torch.dtype) -> "LayerWeights":
+        """The same in another precision."""
+        *own, (weight, bias) = self
+        return LayerWeights(*(tensor.to(dtype) for tensor in own), (weight.to(dtype), bias.to(dtype)))
+
 
 class EstimatorLayer(nn.Module):
     """The parameters of one gated layer: 3x3 dilated, 1x1 conditioning, 1x1 embedding, 1x1 residual and skip."""
@@ -157,6 +163,7 @@ class Estimator(nn.Module):
 
     def __init__(self, config: WaveFlowConfig) -> None:
         super().__init__()
+        self.compiled = False  # torch.compile training steps
         self.front_conv = WeightNorm(config.res_channels, 1, 1, 1)
         size_flow_embed = config.size_flow_embed if config.coupling_type == "nanoflow" else 0
         self.layers = nn.ModuleList(
@@ -171,10 +178,17 @@ class Estimator(nn.Module):
 
         conditioning [B, M, h, W] in the row order of the audio; flow_embedding [n_flow, E] or None.
         """
-        with torch.autocast(conditioning.device.type, enabled=False):
+        kind = conditioning.device.type
+        with torch.autocast(kind, enabled=False):
             weights = [layer.fold(flow_embedding) for layer in self.layers]
             front = (self.front_conv.weight(), self.front_conv.bias)
-        return BoundEstimator(front, weights, [layer.dilation for layer in self.layers], conditioning, shared)
+        if torch.is_autocast_enabled(kind):  # cast here, they are not cast again for every flow
+            dtype = torch.get_autocast_dtype(kind)
+            weights = [layer.to(dtype) for layer in weights]
+            front = (front[0].to(dtype), front[1].to(dtype))
+        dilations = [layer.dilation for layer in self.layers]
+        run = _compiled_estimate() if self.compiled and torch.is_grad_enabled() else _estimate
+        return BoundEstimator(front, weights, dilations, conditioning, shared, run)
 
 
 @dataclass
@@ -186,6 +200,7 @@ class BoundEstimator:
     dilations: list[tuple[int, int]]
     conditioning: Tensor
     shared: bool
+    run: Callable[..., Tensor]
     _products: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, products: list[Tensor], flow: int, gates: Tensor | None = None) -> Tensor:
@@ -195,16 +210,11 @@ class BoundEstimator:
         sqrt(1/2) in the residual update (NanoFlow, section 3.3). Channels are innermost in memory throughout: the
         dilated convolutions are then matrix products at full speed on CPUs and in half precision on GPUs.
         """
-        hidden = F.conv2d(x, *self.front).contiguous(memory_format=torch.channels_last)  # [B, R, h', W]
-        features = 0
-        for index, (weights, dilation, product) in enumerate(zip(self.weights, self.dilations, products, strict=True)):
-            gate_bias = weights.gate_bias[flow % len(weights.gate_bias)]
-            gated = _gated(hidden, weights.gate, gate_bias, product[:, :, : x.size(2)], dilation)
-            residual, skip = _residual_and_skip(gated, weights, is_last=index == len(self.weights) - 1)
-            features = features + skip
-            if residual is not None:
-                hidden = _update(hidden, residual, None if gates is None else gates[index])
-        return features
+        if self.run is not _estimate and not x.requires_grad:
+            x = x.detach().requires_grad_()  # the first flow too runs the graph that the others need
+        biases = [weights.gate_bias[flow % len(weights.gate_bias)] for weights in self.weights]
+        products = [product[:, :, : x.size(2)] for product in products]
+        return self.run(x, self.front, self.weights, biases, self.dilations, products, gates)
 
     def products(self, order: tuple[int, ...]) -> list[Tensor]:
         """Each layer's conditioning product [B, 2R, h, W] with the rows in `order`.
@@ -218,6 +228,33 @@ class BoundEstimator:
         if self.shared:
             self._products[order] = products
         return products
+
+
+def _estimate(
+    x: Tensor,
+    front: tuple[Tensor, Tensor],
+    layers: list[LayerWeights],
+    biases: list[Tensor],
+    dilations: list[tuple[int, int]],
+    products: list[Tensor],
+    gates: Tensor | None,
+) -> Tensor:
+    """What `BoundEstimator` computes; a function of tensors, so that all flows run one compiled graph."""
+    hidden = F.conv2d(x, *front).contiguous(memory_format=torch.channels_last)  # [B, R, h', W]
+    features = 0
+    for index, (weights, bias, dilation) in enumerate(zip(layers, biases, dilations, strict=True)):
+        gated = _gated(hidden, weights.gate, bias, products[index], dilation)
+        residual, skip = _residual_and_skip(gated, weights, is_last=index == len(layers) - 1)
+        features = features + skip
+        if residual is not None:
+            hidden = _update(hidden, residual, None if gates is None else gates[index])
+    return features
+
+
+@cache
+def _compiled_estimate() -> Callable[..., Tensor]:
+    # Training steps have one shape, so each graph is made for its own: a shape that varies would make slower code.
+    return torch.compile(_estimate, dynamic=False, fullgraph=True)
 
 
 def _gated(hidden: Tensor, weight: Tensor, bias: Tensor, product: Tensor, dilation: tuple[int, int]) -> Tensor:

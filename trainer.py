@@ -48,6 +48,8 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.model = build_model(config.waveflow_config).to(device)
         self.model.checkpoint_activations = train.checkpoint_activations
+        for estimator in self.model.estimators:
+            estimator.compiled = train.compile
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=train.learning_rate, fused=True)
         self.schedule = Schedule(self.optimizer, train)
         self.precision = make_precision(train, self.model, self.optimizer)
@@ -158,10 +160,10 @@ def compile_errors_named() -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__module__.split(".")[0:2] not in (["torch", "_dynamo"], ["torch", "_inductor"]):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"train_config.compile: torch.compile failed ({reason[:200]}); it needs a C++ compiler (g++) on CPUs and "
-            "Triton on GPUs: install it, or leave compile out"
+            f"train_config.compile: torch.compile failed ({reason}); it needs a C++ compiler (g++) on CPUs and Triton "
+            "on GPUs: install it, or leave compile out"
         ) from None
 
 
