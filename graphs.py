@@ -53,7 +53,7 @@ def bucket(columns: int) -> int:
 class GraphEngine:
     """The inverse of a flow vocoder, on the device of the model; for `SynthesisEngine`, which checks the input.
 
-    fused: whether layer steps run in the Triton kernel; by default where there is a GPU and Triton.
+    fused: whether layer steps run in the Triton kernel where there is one; by default on GPUs with TF32.
     """
 
     def __init__(
@@ -70,7 +70,9 @@ class GraphEngine:
         self.reach = (2**config.n_layer - 1) * config.n_height
         self.max_columns = bucket(max(max_columns, 4 * self.reach))
         self.flows = [prepare(flow) for flow in fold_flows(model, dtype, arrange)]
-        self.fused = can_fuse(self.flows[0]) and (device.type == "cuda" if fused is None else fused)
+        if fused is None:
+            fused = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # TF32, bfloat16
+        self.fused = fused and can_fuse(self.flows[0])
         self._buckets: OrderedDict[tuple[int, bool], _Bucket] = OrderedDict()
 
     @torch.no_grad()
@@ -140,7 +142,10 @@ class _Bucket:
     def __init__(self, flows: list[StepFlow], height: int, width: int, fused: bool) -> None:
         self.flows, self.fused = flows, fused
         self.state = State(flows[0], height, width)
-        self._graphs = self._capture() if self.state.noise.is_cuda else None
+        self._graphs = None
+        if self.state.noise.is_cuda:
+            with torch.cuda.device(self.state.noise.device):
+                self._graphs = self._capture()
 
     def load(self, pieces: Sequence[Piece], noise: Sequence[Tensor], upsampler: "Upsampler") -> None:
         """Put in the noise [h, n] and the conditioning of each piece."""
@@ -173,7 +178,7 @@ class _Bucket:
 
     def _capture(self) -> list[torch.cuda.CUDAGraph]:
         # Kernels are compiled and their blocks chosen in runs beforehand, on data that looks like data.
-        state, stream = self.state, torch.cuda.Stream(self.state.noise.device)
+        state, stream = self.state, torch.cuda.Stream()
         for buffer in (state.noise, state.conditioning):
             buffer.normal_()
         state.mask.fill_(1)
