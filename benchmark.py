@@ -26,15 +26,15 @@ from torch import Tensor
 
 from config import WaveFlowConfig, load_config
 from model import FlowVocoder, build_model
-from modules import SQRT_HALF, Flow, FlowLoss, unsqueeze
+from modules import SQRT_HALF, Flow, unsqueeze
 from runs import exit_status
 from synthesis import PRECISIONS, SynthesisEngine, slow_precision_warning
+from training_workloads import SEGMENT, baseline_step, loader_speed, training_step
 
 CONFIGS = [f"configs/{name}.json" for name in ("waveflow-h16-r64", "waveflow-h16-r128", "nanoflow-h16-r128-emb512")]
 CLIP_SECONDS = 6.5  # the mean clip of LJSpeech
 SLOW_SECONDS = 0.5  # of `reverse`, which does n_height times the work
 PEAK_SIZE = 2048
-SEGMENT = 16_000  # samples of a training crop
 
 
 # --- the baseline -----------------------------------------------------------------------------------------
@@ -121,10 +121,17 @@ def make_workloads(config: WaveFlowConfig, names: Sequence[str], options: argpar
     flop = flop_per_sample(config)
     workloads = []
     for name in names:
-        for precision in options.precision if name == "engine" else ["float32"]:
+        for precision in _precisions(name, options):
             run, samples, work = BUILDERS[name](model, options, precision)
             workloads.append(Workload(name, run, samples, work * samples * flop, precision))
     return workloads
+
+
+def _precisions(workload: str, options: argparse.Namespace) -> list[str]:
+    """Those asked for, where the workload has them: training knows one half precision for each kind of device."""
+    half = "float16" if options.device.type == "cuda" else "bfloat16"
+    known = {"engine": options.precision, "train": ["float32", half]}.get(workload, ["float32"])
+    return [precision for precision in options.precision if precision in known] or ["float32"]
 
 
 def _clip(model: FlowVocoder, seconds: float, batch: int) -> tuple[Tensor, Tensor]:
@@ -147,19 +154,6 @@ def _forward(model: FlowVocoder, options: argparse.Namespace, _precision: str) -
     return run, audio.numel(), 1.0
 
 
-def _training_step(model: FlowVocoder, options: argparse.Namespace, _precision: str) -> tuple[Callable, int, float]:
-    mel, _ = _clip(model, SEGMENT / 22_050, options.batch)
-    audio = torch.randn(options.batch, model.config.hop_length * (mel.size(2) - 1), device=mel.device)
-    loss_fn, optimizer = FlowLoss(), torch.optim.Adam(model.parameters(), lr=1e-5)
-
-    def run() -> None:
-        optimizer.zero_grad()
-        loss_fn(model(audio, mel)).backward()
-        optimizer.step()
-
-    return run, audio.numel(), 3.0  # backward is two products for each one of the forward pass
-
-
 def _reverse(model: FlowVocoder, options: argparse.Namespace, _precision: str) -> tuple[Callable, int, float]:
     mel, z = _clip(model, min(SLOW_SECONDS, options.seconds), options.batch)
     rows = (model.config.n_height + 1) / 2  # each row recomputes those above
@@ -179,11 +173,15 @@ def _engine(model: FlowVocoder, options: argparse.Namespace, precision: str) -> 
 
 BUILDERS = {
     "forward": _forward,
-    "train": _training_step,
+    "train_baseline": baseline_step,
+    "train": training_step,
     "reverse": _reverse,
     "queue": _queue,
     "engine": _engine,
 }
+
+
+BASELINES = {"train": "train_baseline", "train_baseline": "train_baseline"}  # of the others: queue
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -271,7 +269,7 @@ def summarise(workload: Workload, peaks: dict[str, float], baseline: Workload | 
         "peak_memory_bytes": workload.peak_memory,
     }
     if baseline is not None:
-        row["ratio_to_queue"] = _ratio(workload, baseline)
+        row[f"ratio_to_{baseline.name}"] = _ratio(workload, baseline)
     return row
 
 
@@ -286,10 +284,10 @@ def print_table(name: str, rows: list[dict[str, Any]], peaks: dict[str, float]) 
     """A Markdown table."""
     shown = ", ".join(f"{precision} {peak / 1e9:.0f} GFLOP/s" for precision, peak in peaks.items())
     print(f"\n{name} (matrix peak: {shown})\n")
-    print("| workload | precision | kHz | x real time | GFLOP/s | % of peak | peak memory, MB | x conv queue |")
+    print("| workload | precision | kHz | x real time | GFLOP/s | % of peak | peak memory, MB | x baseline |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        ratio = f"{row['ratio_to_queue']:.2f}" if "ratio_to_queue" in row else ""
+        ratio = next((f"{value:.2f}" for key, value in row.items() if key.startswith("ratio_to_")), "")
         print(
             f"| {row['workload']} | {row['precision']} | {row['samples_per_second'] / 1e3:.2f} | "
             f"{row['times_real_time']:.3f} | {row['flop_per_second'] / 1e9:.0f} | {row['percent_of_peak']:.0f} | "
@@ -303,9 +301,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("-c", "--configs", nargs="+", default=CONFIGS, metavar="FILE", help="experiment files")
     add("-w", "--workloads", nargs="+", default=list(BUILDERS), choices=list(BUILDERS), help="what to time")
-    add("-p", "--precision", nargs="+", default=["float32", "bfloat16"], choices=list(PRECISIONS), help="of the engine")
+    add(
+        "-p",
+        "--precision",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=list(PRECISIONS),
+        help="of engine and train",
+    )
     add("--seconds", type=float, default=CLIP_SECONDS, help="length of the synthesized clip (reverse: 0.5 at most)")
     add("--batch", type=int, default=1, help="clips at a time")
+    add("--compile", action="store_true", help="train: with torch.compile, as train_config.compile")
+    add("--checkpoint_activations", action="store_true", help="train: as train_config.checkpoint_activations")
+    add("--loader", action="store_true", help="measure the training data loader on a made-up corpus, and nothing else")
     add("--repeats", type=int, default=5, help="rounds, after one to warm up")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -328,14 +336,6 @@ def _fast_precisions(asked: Sequence[str], device: torch.device) -> list[str]:
     return [precision for precision in asked if precision not in slow] or ["float32"]
 
 
-def _fast_precisions(asked: Sequence[str], device: torch.device) -> list[str]:
-    """Those asked for, without those that would take hours here; the engine would measure float32 in their place."""
-    slow = {precision: warning for precision in asked if (warning := slow_precision_warning(precision, device))}
-    for warning in slow.values():
-        print(f"warning: {warning}", file=sys.stderr)
-    return [precision for precision in asked if precision not in slow] or ["float32"]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     options = parse_arguments(arguments)
@@ -346,6 +346,7 @@ def _measure_all(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    options.precision = _fast_precisions(options.precision, options.device)
     report = {
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
@@ -356,11 +357,14 @@ def _measure_all(options: argparse.Namespace) -> None:
     print(f"{report['device']}, {report['threads']} thread(s), torch {report['torch']}, load {os.getloadavg()[0]:.1f}")
     for path in options.configs:
         config = load_config(path)
+        if options.loader:
+            print(f"{config.waveflow_config.model_name}: {loader_speed(config) / 1e6:.2f} M audio samples/s, 2 workers")
+            continue
         workloads = make_workloads(config.waveflow_config, options.workloads, options)
         peaks = measure(workloads, options.repeats, options.device)
-        baseline = next((workload for workload in workloads if workload.name == "queue"), None)
+        found = {workload.name: workload for workload in workloads}
         rate = config.data_config.sampling_rate
-        rows = [summarise(workload, peaks, baseline, rate) for workload in workloads]
+        rows = [summarise(one, peaks, found.get(BASELINES.get(one.name, "queue")), rate) for one in workloads]
         name = config.waveflow_config.model_name
         report["models"][name] = {"peaks": peaks, "load": os.getloadavg()[0], "rows": rows}
         print_table(name, rows, peaks)
