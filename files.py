@@ -42,6 +42,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether the name is that of a file which `written_whole` is writing, or was writing when it was killed."""
+    return bool(_TEMPORARY.fullmatch(path.name))
+
+
 def remove_debris(folder: Path) -> list[Path]:
     """Remove what killed processes left of files they were writing, here and in subfolders; returns what it was."""
     debris = [

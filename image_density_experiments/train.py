@@ -40,6 +40,7 @@ from distributed import (
     report_error,
     world_size,
 )
+from files import is_temporary
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import to_pixels
 from image_density_experiments.datasets import DATASETS, ImageData, load_images
@@ -257,7 +258,7 @@ def _refuse_foreign_folder(folder: Path, options: argparse.Namespace) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"--output_dir {folder}: is a file")
-    found = [path.name for path in folder.iterdir() if path.name != LOCK_NAME]
+    found = [path.name for path in folder.iterdir() if path.name != LOCK_NAME and not is_temporary(path)]
     if found and not options.fresh:
         raise InputError(
             f"--output_dir {folder}: not empty; choose another, go on with --saved_model {folder}, or start over with "

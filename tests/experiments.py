@@ -67,10 +67,16 @@ def run(*arguments):
 
 def run_quietly(arguments, log):
     """train.py as a process of its own: what it says goes to the end of a file, and its status to the shell."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log_all_to(log)
+    sys.exit(run(*arguments))
+
+
+def log_all_to(path):
+    """Send this process's output to the end of a file, that of Python and of libraries in C."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.exit(run(*arguments))
+    sys.stdout = sys.stderr = open(path, "a", buffering=1)  # noqa: SIM115 (pytest had put its own in their place)
 
 
 def losses(folder):
