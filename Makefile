@@ -5,14 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := configs/demo.json
-DEMO_ITERATIONS ?= 500
+DEMO_ITERATIONS ?= 300
 
 IMAGES := demo/images
 IMAGE_TRAIN := $(BIN)/python image_density_experiments/train.py
 IMAGE_DEMO := --hidden_channels 24 --K 8 --L 2 --batch_size 16 --epochs 2 --warmup 0 --lr 1e-3 --max_grad_norm 50 \
   --n_workers 0 --fresh
 
-.PHONY: demo demo-images test lint soak clean
+.PHONY: demo demo-images test test-kernels lint soak clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python data.py demo demo/data
@@ -32,6 +32,11 @@ demo-images: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp lint
 	$(BIN)/python -m pytest
+
+# The accelerator's kernels; without a GPU through Triton's interpreter. A PyTorch for CUDA brings its own Triton.
+test-kernels: $(VENV)/dev.stamp
+	$(BIN)/python -c 'import triton' || $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.9.0
+	$(BIN)/python -m pytest tests/test_kernels.py tests/test_graphs.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
