@@ -11,9 +11,10 @@ import os
 import shutil
 import tarfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,14 +179,27 @@ def unpack(archive: str | Path, corpus: Corpus, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _extract(archive: str | Path, corpus: Corpus, folder: Path) -> None:
+@contextmanager
+def damage_named(path: str | Path, complaint: str) -> Iterator[None]:
+    """Turn what a parser makes of arbitrary bytes, which may be any exception, into an InputError of one line."""
     try:
-        with tarfile.open(archive) as tar, _byte_bar("unpack", corpus.unpacked_size) as bar:
-            for member in tar:
-                tar.extract(member, folder, filter="data")  # refuses paths and links that lead outside
-                bar.update(member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{archive}: cannot be unpacked ({error})") from None
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(f"{path}: {complaint} ({reason})") from None
+
+
+def _extract(archive: str | Path, corpus: Corpus, folder: Path) -> None:
+    with (
+        damage_named(archive, "cannot be unpacked"),
+        tarfile.open(archive) as tar,
+        _byte_bar("unpack", corpus.unpacked_size) as bar,
+    ):
+        for member in tar:
+            tar.extract(member, folder, filter="data")  # refuses paths and links that lead outside
+            bar.update(member.size)
 
 
 def check_file(path: str | Path, expected: RemoteFile) -> None:

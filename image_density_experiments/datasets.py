@@ -1,7 +1,6 @@
 """Image datasets, each as a train and a test split of uint8 images: embedded, downloaded, or the user's own."""
 
 import tarfile
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from config import InputError
-from corpora import RemoteFile, check_file, download
+from corpora import RemoteFile, check_file, damage_named, download
 from files import written_whole
 
 if TYPE_CHECKING:
@@ -105,7 +104,10 @@ def _labelled(groups: Sequence[np.ndarray]) -> Split:
 
 def _cifar10(dataroot: Path, allow_download: bool) -> ImageData:
     path = _obtain(CIFAR10, dataroot, allow_download)
-    with tarfile.open(path) as archive:  # read where it is: nothing to unpack, nothing half unpacked
+    with (
+        damage_named(path, "not the archive of CIFAR-10"),
+        tarfile.open(path) as archive,
+    ):  # read where it is: nothing to unpack, nothing half unpacked
         names = [f"cifar-10-batches-bin/data_batch_{number}.bin" for number in range(1, 6)]
         train = [_cifar_batch(archive, name) for name in names]
         test = _cifar_batch(archive, "cifar-10-batches-bin/test_batch.bin")
@@ -129,9 +131,13 @@ def _svhn(dataroot: Path, allow_download: bool) -> ImageData:
 def _svhn_split(path: Path) -> Split:
     from scipy.io import loadmat  # slow to import
 
-    content = loadmat(path)
-    labels = content["y"].reshape(-1).astype(np.int64) % 10  # the digit 0 has the label 10
-    return Split(np.ascontiguousarray(content["X"].transpose(3, 0, 1, 2)), labels)
+    with damage_named(path, "not a file of SVHN"):
+        content = loadmat(path)
+        labels = content["y"].reshape(-1).astype(np.int64) % 10  # the digit 0 has the label 10
+        images = np.ascontiguousarray(content["X"].transpose(3, 0, 1, 2))
+        if images.shape != (len(labels), 32, 32, 3) or images.dtype != np.uint8:
+            raise ValueError(f"{list(images.shape)} of {images.dtype} with {len(labels)} labels")
+    return Split(images, labels)
 
 
 def _obtain(file: RemoteFile, dataroot: Path, allow_download: bool) -> Path:
@@ -168,15 +174,14 @@ def _imagenet_split(files: Sequence[Path], size: int) -> Split:
 def _unpacked_npz(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images as a memory map [N, size, size, 3], and labels [N]; the map is written beside the file on first use."""
     unpacked = path.with_suffix(".images.npy")
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            labels = np.asarray(content["labels"]).astype(np.int64) - 1
-            if not unpacked.is_file():
-                with written_whole(unpacked) as temporary, open(temporary, "wb") as file:
-                    np.save(file, content["data"].reshape(-1, 3, size, size))
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a file of ImageNet at {size}x{size} ({error})") from None
-    images = np.load(unpacked, mmap_mode="r", allow_pickle=False)
+    complaint = f"not a file of ImageNet at {size}x{size}"
+    with damage_named(path, complaint), np.load(path, allow_pickle=False) as content:
+        labels = np.asarray(content["labels"]).astype(np.int64).reshape(-1) - 1
+        if not unpacked.is_file():
+            with written_whole(unpacked) as temporary, open(temporary, "wb") as file:
+                np.save(file, content["data"].reshape(-1, 3, size, size))
+    with damage_named(unpacked, "cannot be read; remove it, it is made anew"):
+        images = np.load(unpacked, mmap_mode="r", allow_pickle=False)
     if images.shape != (len(labels), 3, size, size) or images.dtype != np.uint8:
         raise InputError(f"{unpacked}: shape {list(images.shape)} of {images.dtype}; remove it, it is made anew")
     return images.transpose(0, 2, 3, 1), labels
@@ -274,11 +279,9 @@ def _opened(path: Path) -> Iterator["Image"]:
 
 def _image_array(path: Path) -> np.ndarray:
     """The array of a .npy file, or of the first entry of a .npz."""
-    try:
+    with damage_named(path, "cannot be read as an array; expected .npy or .npz"):
         content = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
         images = content if path.suffix == ".npy" else content[content.files[0]]
-    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read as an array ({error}); expected .npy or .npz") from None
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) < 2:
         raise InputError(f"{path}: {list(images.shape)} of {images.dtype}; expected uint8 (N, H, W, 3), N at least 2")
     return images
