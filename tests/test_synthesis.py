@@ -1,14 +1,19 @@
 """The engine gives what the plain inverse gives, for every model and however the work is cut."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from config import InputError
+from config import InputError, load_config
 from synthesis import SynthesisEngine, receptive_field, slow_precision_warning
 from vocoders import random_input, random_vocoder
 
+ROOT = Path(__file__).parent.parent
 COUPLINGS = ["waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
 SHAPES = {  # height, rows of dilation_h per cycle, layers, flows
     "height 8, odd flows": {"n_height": 8, "n_flow": 3},
@@ -155,6 +160,43 @@ def test_receptive_field_bounds_what_a_sample_depends_on():
     distance = max(middle - moved.min() // height, moved.max() // height - middle) * height
     assert reach.per_flow == (4 - 1) * 3 * 4  # rows below the first, columns to a side, samples in a column
     assert reach.per_flow < distance <= reach.total == 2 * reach.per_flow
+
+
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [
+        ("waveflow-h16-r64", 489_600),
+        ("nanoflow-h16-r128-emb512", 489_600),
+        ("nanoflow-h16-r128-emb1024-f16", 979_200),
+        ("waveflow-h32-r64", 2_023_680),
+        ("waveflow-h64-r64", 8_225_280),
+    ],
+)
+def test_latency_of_the_published_configs(name, samples):
+    assert receptive_field(load_config(f"{ROOT}/configs/{name}.json").waveflow_config).total == samples
+
+
+PEAK = """
+import resource, sys, torch
+from synthesis import SynthesisEngine
+from vocoders import random_vocoder
+model = random_vocoder(n_height=16, n_layer=2, n_flow=1, res_channels=2)
+mel = torch.randn(1, 80, int(sys.argv[1]))
+SynthesisEngine(model)(mel, model.sample_noise(mel, 1.0))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.soak
+def test_memory_does_not_grow_with_the_length():
+    short, long = 1_300, 10_400  # frames: 15 s, more than the buffers hold, and two minutes
+    kilobytes = []
+    for frames in (short, long):
+        command = [sys.executable, "-c", PEAK, str(frames)]
+        paths = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        kilobytes.append(int(subprocess.run(command, env=paths, check=True, capture_output=True, text=True).stdout))
+    grown = 1024 * (kilobytes[1] - kilobytes[0]) / ((long - short) * 256)  # bytes for each sample
+    assert grown < 48  # noise, audio, their copies and the mel; the upsampled mel alone would be 320
 
 
 def test_wrong_input_is_named():
