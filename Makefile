@@ -18,7 +18,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python data.py demo demo/data
 	$(BIN)/python train.py -c $(DEMO) --max_iterations $(DEMO_ITERATIONS) --resume latest
 	$(BIN)/python train.py -c $(DEMO) --evaluate
-	$(BIN)/python train.py -c $(DEMO) --synthesize -t 0.6
+	$(BIN)/python train.py -c $(DEMO) --synthesize -t 0.8
 
 # Glow and NanoFlow at equal size on patches of two photographs, a few minutes each: bits/dim beside parameter counts.
 demo-images: $(VENV)/demo.stamp
