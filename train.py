@@ -37,7 +37,7 @@ from evaluation import clip_likelihoods, log_mel_distance, noise_like, summarise
 from model import FlowVocoder, build_model, count_parameters
 from precision import slow_half_warning
 from report import save_mel_figure
-from runs import StopRequest, locked_run, make_deterministic, record_start
+from runs import StopRequest, exit_status, locked_run, make_deterministic, record_start
 from synthesis import SynthesisEngine, slow_precision_warning
 from trainer import Trainer, train_until
 
@@ -182,10 +182,23 @@ def starting_point(config: Config, options: argparse.Namespace) -> dict[str, Any
     suffix = "" if options.epsilon is None else f"_epsilon{options.epsilon:g}"
     target = newest_first[0].with_name(f"{newest_first[0].name}_average{n}{suffix}")
     entries = {key: value for key, value in average.items() if key != "model"}
-    ckpt.save_checkpoint(target, model, **entries)
-    print(f"average of {', '.join(path.name for path in newest_first)}: {target}")
+    written = _write_average(target, model, entries, needed=not (options.evaluate or options.synthesize))
+    print(f"average of {', '.join(path.name for path in newest_first)}{f': {target}' if written else ''}")
     start = _load(newest_first[0], config, sources=newest_first)
+    start.pop("ema", None)  # of the newest alone
     return {**start, "model": average["model"], "name": target.name}
+
+
+def _write_average(target: Path, model: FlowVocoder, entries: dict[str, Any], needed: bool) -> bool:
+    """Whether the average could be written; a job that only reads does without, training does not."""
+    try:
+        ckpt.save_checkpoint(target, model, **entries)
+    except OSError as error:
+        if needed:
+            raise
+        print(f"warning: the average could not be written to {target} ({error.strerror or error})", file=sys.stderr)
+        return False
+    return True
 
 
 def _load(path: Path, config: Config, sources: Sequence[Path] = ()) -> dict[str, Any]:
@@ -276,19 +289,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one job; returns the exit status."""
     options = parse_arguments(arguments)
-    try:
-        config = load_config(options.config, options.set)
-        if options.deterministic:
-            make_deterministic()
-        device = choose_device(options.device)
-        with process_group(config.dist_config, device):
-            return _job(options)(config, options, device)
-    except (InputError, OSError) as error:
-        report_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _run(options), report_error)
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.set)
+    if options.deterministic:
+        make_deterministic()
+    device = choose_device(options.device)
+    with process_group(config.dist_config, device):
+        return _job(options)(config, options, device)
 
 
 def _job(options: argparse.Namespace) -> Callable[[Config, argparse.Namespace, torch.device], int]:
