@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := configs/demo.json
-DEMO_ITERATIONS ?= 300
+DEMO_ITERATIONS ?= 600
 
 IMAGES := demo/images
 IMAGE_TRAIN := $(BIN)/python image_density_experiments/train.py
@@ -18,7 +18,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python data.py demo demo/data
 	$(BIN)/python train.py -c $(DEMO) --max_iterations $(DEMO_ITERATIONS) --resume latest
 	$(BIN)/python train.py -c $(DEMO) --evaluate
-	$(BIN)/python train.py -c $(DEMO) --synthesize -t 0.8
+	$(BIN)/python train.py -c $(DEMO) --synthesize -t 0.9
 
 # Glow and NanoFlow at equal size on patches of two photographs, a few minutes each: bits/dim beside parameter counts.
 demo-images: $(VENV)/demo.stamp
