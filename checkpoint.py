@@ -86,13 +86,14 @@ def to_published(name: str, coupling_type: str, transform: str) -> str:
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "the weights") -> None:
     """Copy weights into the vocoder from either layout, strictly.
 
-    InputError names the source and the differences, as the file calls them, or as it would.
+    InputError names the source and the differences, under the names that files have.
     """
-    config = model.config
-    names = {from_published(name): name for name in state_dict}
 
     def shown(name: str) -> str:
-        return names.get(name) or to_published(name, config.coupling_type, config.transform)
+        try:
+            return to_published(name, model.config.coupling_type, model.config.transform)
+        except (IndexError, KeyError):
+            return name  # of nothing that a vocoder has
 
     load_strictly(model, _our_weights(state_dict), source, shown)
 

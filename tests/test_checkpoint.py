@@ -69,10 +69,14 @@ def test_weights_of_another_model_name_the_differences_and_change_nothing():
     wrong = dict(before)
     wrong["gates.0"] = torch.zeros(2, 2)
     del wrong["gates.1"]
-    wrong["gates.9"] = torch.zeros(1)
+    wrong["gates.9"] = wrong["estimators.0.what"] = torch.zeros(1)
     with pytest.raises(InputError) as error:
         ckpt.load_weights(model, wrong)
-    for words in ("missing: gates.1", "not in this model: gates.9", "gates.0 is [2, 2] instead of [3, 6]"):
+    for words in (
+        "missing: flows.1.multgate;",
+        "not in this model: flows.9.multgate, estimators.0.what;",
+        "other shape: flows.0.multgate is [2, 2] instead of [3, 6]",
+    ):
         assert words in str(error.value)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
