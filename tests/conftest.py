@@ -1,5 +1,7 @@
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # processes compare bits, and a process may fork: both want a single thread
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from experiments import write_config, write_corpus
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
