@@ -90,9 +90,9 @@ def survive_killing(config, tmp_path, kills, steps, workers, longest):
     hits = survive(start, lambda: ckpt.list_checkpoints(folder), read_all, kills, longest, random.Random(0))
     assert run("-c", parts, "--resume", "latest", "--max_iterations", steps) == 0
     text = log.read_text()
-    assert "iterations " in text and "Traceback" not in text and "refused" not in text and "error: " not in text, text[
-        -2000:
-    ]
+    assert "iterations " in text and "refused" not in text and "error: " not in text, text[-2000:]
+    # A worker whose run was just killed may be caught handing over a batch: that much, and no run's own, is allowed.
+    assert text.count("Traceback") == text.count("multiprocessing/resource_sharer.py"), text[-2000:]
     ours, expected = (
         torch.load(tmp_path / name / "tiny" / f"waveflow_{steps}", weights_only=True) for name in ("parts", "runs")
     )
