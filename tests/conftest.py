@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run on the CPU, to be tested
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from experiments import write_config, write_corpus
+from experiments import run, write_config, write_corpus
 
 torch.set_num_threads(1)
 
@@ -23,3 +23,11 @@ def corpus(tmp_path_factory):
 def config(corpus, tmp_path):
     """A function that writes an experiment file with changes and returns its path."""
     return lambda **changes: write_config(tmp_path / "config.json", corpus, tmp_path / "runs", **changes)
+
+
+@pytest.fixture
+def trained(config, tmp_path):
+    """An experiment file and its run folder, trained for 8 steps with checkpoints 4 and 8."""
+    path = config()
+    assert run("-c", path, "--max_iterations", 8) == 0
+    return path, tmp_path / "runs" / "tiny"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import graphs
+from distributed import choose_device
 from graphs import GraphEngine
 from synthesis import PRECISIONS, SynthesisEngine
 from test_synthesis import COUPLINGS, SHAPES, assert_same, case
@@ -100,9 +101,11 @@ def test_half_precision_stays_near():
 def test_engine_runs_on_the_fused_kernel(transform):
     pytest.importorskip("triton")
     model, mel, z = case(frames=2, batch=1, transform=transform, n_flow=2, n_layer_per_cycle=2)
-    engine = engine_of(model.cuda() if torch.cuda.is_available() else model, fused=True)
+    expected = model.reverse(mel, z=z)
+    device = choose_device()
+    engine = engine_of(model.to(device), fused=True)
     assert engine.fused
-    assert_same(run(engine, mel.to(z), z).cpu(), model.cpu().reverse(mel, z=z))
+    assert_same(run(engine, mel.to(device), z.to(device)).cpu(), expected)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------

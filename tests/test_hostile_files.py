@@ -169,7 +169,7 @@ def test_mutated_checkpoints(n, tmp_path):
                "training_state": {"bad_steps": 0, **ckpt.random_state(torch.device("cpu"))}}  # fmt: skip
     ckpt.save_checkpoint(tmp_path / "waveflow_7", model, **entries)
     legacy = tmp_path / "waveflow_8"
-    torch.save(torch.load(tmp_path / "waveflow_7"), legacy, _use_new_zipfile_serialization=False)
+    torch.save(torch.load(tmp_path / "waveflow_7", weights_only=True), legacy, _use_new_zipfile_serialization=False)
 
     def read(path):
         start = ckpt.load_checkpoint(path)

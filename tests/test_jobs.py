@@ -23,14 +23,6 @@ from vocoders import random_vocoder
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def trained(config, tmp_path):
-    """An experiment file and its run folder, trained for 8 steps with checkpoints 4 and 8."""
-    path = config()
-    assert run("-c", path, "--max_iterations", 8) == 0
-    return path, tmp_path / "runs" / "tiny"
-
-
 def setting(key, value):
     return ["--set", f"{key}={value}"]
 

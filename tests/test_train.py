@@ -59,14 +59,6 @@ def test_half_precision_trains_and_resumes(config, tmp_path):
     assert len(losses(tmp_path / "runs" / "tiny")) == 6
 
 
-@pytest.fixture
-def trained(config, tmp_path):
-    """An experiment file and its run folder, trained for 8 steps with checkpoints 4 and 8."""
-    path = config()
-    assert run("-c", path, "--max_iterations", 8) == 0
-    return path, tmp_path / "runs" / "tiny"
-
-
 def test_evaluation_writes_a_row_per_clip_and_both_means(trained, capsys):
     path, folder = trained
     assert run("-c", path, "--evaluate", "--set", f"train_config.checkpoint_path={folder}/waveflow_4") == 0
