@@ -11,15 +11,16 @@ python train.py -c CONFIG -a 20 [...]           the same from the average of the
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 import checkpoint as ckpt
 from audio import MelSpectrogram, is_mel_file, read_mel, wav_length, write_wav
-from config import Config, InputError, load_config
+from config import Config, DataConfig, InputError, load_config
 from corpus_check import inspect_corpus, report_text, write_report
 from data import ClipDataset, load_synthesis_entry, output_names, overlap_warning, read_file_list
 from distributed import (
@@ -40,6 +41,12 @@ from report import save_mel_figure
 from runs import StopRequest, exit_status, locked_run, make_deterministic, record_start
 from synthesis import SynthesisEngine, slow_precision_warning
 from trainer import Trainer, train_until
+
+# Seconds of audio synthesized at once. A clip does not fill a GPU; 60 s are within the largest of its buckets. On a
+# CPU only clips shorter than a tile of the engine gain from company, and wavs are to appear one after the other.
+BATCH_SECONDS = {"cpu": 2.0, "cuda": 60.0}
+
+Item = TypeVar("Item")
 
 # --- the jobs ---------------------------------------------------------------------------------------------
 
@@ -106,37 +113,125 @@ def evaluate(config: Config, options: argparse.Namespace, device: torch.device) 
 
 
 def synthesize(config: Config, options: argparse.Namespace, device: torch.device) -> int:
-    """Every entry of the test list (wav or mel) to a wav named after it."""
-    data = config.data_config
-    files = read_file_list(data.test_files)
-    mel_fn = MelSpectrogram(data)
-    for file in files:  # every entry is found fit before the first wav is written
-        read_mel(file, data.n_mel_channels) if is_mel_file(file) else wav_length(file, data.sampling_rate)
+    """Every entry of the test list (wav or mel) to a wav named after it, a few at once."""
+    files = read_file_list(config.data_config.test_files)
+    mel_fn = MelSpectrogram(config.data_config)
+    _check_entries(files, config.data_config)  # before the first wav is written
     model, name = _load_model(config, options, device)
     if (warning := slow_precision_warning(options.precision, device)) and is_main():
         print(f"warning: {warning}", file=sys.stderr)
     engine = SynthesisEngine(model, options.precision)
-    compared = not is_main()
     folder = run_folder(config) / "synthesis" / f"{name}_temp{options.temp:g}"
+    entries = share(list(enumerate(zip(files, output_names(files), strict=True))))
+    clips = _prepare_clips(entries, config, mel_fn, model, options.temp)
+    at_once = BATCH_SECONDS[device.type] if options.batch_seconds is None else options.batch_seconds
+    rate = config.data_config.sampling_rate
     total_samples, total_seconds = 0, 0.0
-    for number, (file, output) in share(list(enumerate(zip(files, output_names(files), strict=True)))):
-        torch.manual_seed(config.train_config.seed + number)  # noise that does not depend on who does the others
-        mel, recording = load_synthesis_entry(file, data, mel_fn)
-        began = time.perf_counter()
-        batch = mel.unsqueeze(0).to(device)
-        audio = engine(batch, model.sample_noise(batch, options.temp))[0].cpu()
-        seconds = time.perf_counter() - began
-        total_samples, total_seconds = total_samples + len(audio), total_seconds + seconds
-        if not torch.isfinite(audio).all():
-            raise InputError(f"{file}: the synthesis is not finite; train longer, or lower --temp")
-        write_wav(folder / output, audio, data.sampling_rate)
-        print(f"{output}: {_speed(len(audio), seconds, data.sampling_rate)}")
-        if recording is not None and not compared:
-            compared = True
-            _compare(folder, output, recording, audio, mel_fn)
+    for batch in in_batches(clips, lambda clip: clip.z.numel(), at_once * rate):
+        sounds = _synthesize_batch(engine, batch, device)
+        _write_batch(sounds, folder, mel_fn, rate)
+        total_samples += sum(len(sound.audio) for sound in sounds)
+        total_seconds += sum(sound.seconds for sound in sounds)
     total_samples, total_seconds = map(sum, zip(*gather([(total_samples, total_seconds)]), strict=True))
-    print(f"{len(files)} clip(s): {_speed(total_samples, total_seconds, data.sampling_rate)}\nwavs: {folder}")
+    print(f"{len(files)} clip(s): {_speed(total_samples, total_seconds, rate)}\nwavs: {folder}")
     return 0
+
+
+# --- synthesis, batch by batch ------------------------------------------------------------------------------
+
+
+class Clip(NamedTuple):
+    """What a wav is made from."""
+
+    file: str
+    output: str
+    mel: Tensor  # [M, F]
+    z: Tensor  # [h, W]
+    recording: Tensor | None  # [T] of the one clip that is compared with it
+
+
+class Sound(NamedTuple):
+    """What became of a clip."""
+
+    clip: Clip
+    audio: Tensor  # [T], on the CPU
+    seconds: float  # its share of the time of its batch
+    batch_size: int
+
+
+def in_batches(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:
+    """Consecutive items in lists whose sizes come to at most `limit`; an item larger than that is alone.
+
+    Items are taken when they are needed. Where one cannot be had, those before it come first, then its error.
+    """
+    batch: list[Item] = []
+    total = 0.0
+    try:
+        for item in items:
+            if batch and total + size(item) > limit:
+                yield batch
+                batch, total = [], 0.0
+            batch.append(item)
+            total += size(item)
+    except (InputError, OSError):
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def _check_entries(files: Sequence[str], data: DataConfig) -> None:
+    for file in files:
+        read_mel(file, data.n_mel_channels) if is_mel_file(file) else wav_length(file, data.sampling_rate)
+
+
+def _prepare_clips(
+    entries: Sequence[tuple[int, tuple[str, str]]],
+    config: Config,
+    mel_fn: MelSpectrogram,
+    model: FlowVocoder,
+    temp: float,
+) -> Iterator[Clip]:
+    """Mels and noise of (number in the list, (file, output)); on the main process the first recording stays."""
+    compared = next((number for number, (file, _) in entries if is_main() and not is_mel_file(file)), None)
+    for number, (file, output) in entries:
+        mel, recording = load_synthesis_entry(file, config.data_config, mel_fn)
+        torch.manual_seed(config.train_config.seed + number)  # noise that does not depend on who does the others
+        z = model.sample_noise(mel.unsqueeze(0), temp)[0, 0]
+        yield Clip(file, output, mel, z, recording if number == compared else None)
+
+
+def _synthesize_batch(engine: SynthesisEngine, batch: Sequence[Clip], device: torch.device) -> list[Sound]:
+    """Each clip as it sounds alone; the time is shared out by samples."""
+    began = time.perf_counter()
+    inputs = [(clip.mel.to(device), clip.z.to(device)) for clip in batch]
+    sounds = [audio.cpu() for audio in engine.synthesize_many(inputs)]
+    seconds = time.perf_counter() - began
+    if len(batch) > 1 and not all(_is_finite(audio) for audio in sounds):
+        # What is not finite may have spread to the clips beside it: NaN times zero is NaN.
+        return [sound for clip in batch for sound in _synthesize_batch(engine, [clip], device)]
+    per_sample = seconds / sum(map(len, sounds))
+    return [Sound(clip, audio, per_sample * len(audio), len(batch)) for clip, audio in zip(batch, sounds, strict=True)]
+
+
+def _write_batch(sounds: Sequence[Sound], folder: Path, mel_fn: MelSpectrogram, sampling_rate: int) -> None:
+    """Wav and line of each clip; InputError names one that is not finite, after the others have been written."""
+    finite, spoilt = [], []
+    for sound in sounds:
+        (finite if _is_finite(sound.audio) else spoilt).append(sound)
+    for clip, audio, seconds, batch_size in finite:
+        write_wav(folder / clip.output, audio, sampling_rate)
+        shared = f" (its share of a batch of {batch_size})" if batch_size > 1 else ""
+        print(f"{clip.output}: {_speed(len(audio), seconds, sampling_rate)}{shared}")
+        if clip.recording is not None:
+            _compare(folder, clip.output, clip.recording, audio, mel_fn)
+    if spoilt:
+        raise InputError(f"{spoilt[0].clip.file}: the synthesis is not finite; train longer, or lower --temp")
+
+
+def _is_finite(audio: Tensor) -> bool:
+    return bool(torch.isfinite(audio).all())
 
 
 def _speed(samples: int, seconds: float, sampling_rate: int) -> str:
@@ -146,7 +241,7 @@ def _speed(samples: int, seconds: float, sampling_rate: int) -> str:
     )
 
 
-def _compare(folder: Path, output: str, recording: torch.Tensor, audio: torch.Tensor, mel_fn: MelSpectrogram) -> None:
+def _compare(folder: Path, output: str, recording: Tensor, audio: Tensor, mel_fn: MelSpectrogram) -> None:
     """Picture and log-mel distance of a copy-synthesis beside its recording and white noise of the same power."""
     sounds = {"recording": recording, "synthesis": audio.clamp(-1, 1), "white noise": noise_like(recording)}
     mels = {name: mel_fn(sound) for name, sound in sounds.items()}
@@ -258,6 +353,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("-s", "--synthesize", action="store_true", help="synthesize every wav or mel of the test list")
     add("-t", "--temp", type=float, default=1.0, help="standard deviation of the noise that synthesis starts from")
     add("--precision", choices=["float32", "bfloat16", "float16"], help="of the products of synthesis, default float32")
+    add("--batch_seconds", type=float, metavar="S", help="audio synthesized at once; 0: a clip at a time")
     add("-a", "--average_checkpoint", type=int, metavar="N", help="start from the average of the newest N checkpoints")
     add("-e", "--epsilon", type=float, help="with -a: exponential weights epsilon (1 - epsilon)^i instead of the mean")
     add("--resume", choices=["latest"], help="go on from the newest whole checkpoint of the run, if it has any")
@@ -271,6 +367,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--evaluate, --synthesize and --check_data are jobs of their own; give one at a time")
     for flag, value, valid in (
         ("--temp", options.temp, 0 <= options.temp < float("inf")),
+        ("--batch_seconds", s := options.batch_seconds, s is None or 0 <= s < float("inf")),
         ("--average_checkpoint", n := options.average_checkpoint, n is None or n > 0),
         ("--max_iterations", n := options.max_iterations, n is None or n > 0),
         ("--max_hours", options.max_hours, options.max_hours is None or 0 < options.max_hours < float("inf")),
@@ -279,8 +376,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"{flag} {value}: out of range")
     if options.resume and (options.average_checkpoint is not None or options.warm_start):
         parser.error("--resume, --average_checkpoint and --warm_start all say where to start; give one")
-    if options.precision is not None and not options.synthesize:
-        parser.error("--precision is that of synthesis; give --synthesize with it")
+    for flag, value in (("--precision", options.precision), ("--batch_seconds", options.batch_seconds)):
+        if value is not None and not options.synthesize:
+            parser.error(f"{flag} is that of synthesis; give --synthesize with it")
     if options.epsilon is not None and options.average_checkpoint is None:
         parser.error("--epsilon weights an average; give -a N with it")
     return options

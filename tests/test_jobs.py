@@ -3,19 +3,22 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import checkpoint as ckpt
+import train
 from audio import MelSpectrogram, read_wav
-from config import load_config
+from config import InputError, load_config
 from data import ClipDataset, read_file_list
 from evaluation import clip_likelihoods
 from experiments import fails, losses, run
 from model import build_model
 from modules import FlowLoss
+from synthesis import SynthesisEngine
 from test_golden import GOLDEN, assert_near, golden_model, read
 from trainer import Trainer
 from vocoders import random_vocoder
@@ -124,14 +127,14 @@ def test_the_wav_is_the_inverse_of_seeded_noise(trained):
     assert run("-c", path, "--synthesize", "-t", 0.8) == 0
     model = build_model(experiment.waveflow_config)
     ckpt.load_weights(model, ckpt.load_checkpoint(folder / "waveflow_8")["model"])
-    source = read_file_list(experiment.data_config.test_files)[0]
-    recording = read_wav(source, 22_050)
-    mel = MelSpectrogram(experiment.data_config)(recording[: len(recording) // 256 * 256]).unsqueeze(0)
-    torch.manual_seed(experiment.train_config.seed)
-    expected = model.reverse(mel, z=model.sample_noise(mel, 0.8))[0].clamp(-1, 1)
-    written = read_wav(folder / "synthesis" / "waveflow_8_temp0.8" / Path(source).name, 22_050)
-    torch.testing.assert_close(written, expected, atol=1e-3, rtol=0)
-    assert expected.abs().max() > 0.1
+    for number, source in enumerate(read_file_list(experiment.data_config.test_files)):
+        recording = read_wav(source, 22_050)
+        mel = MelSpectrogram(experiment.data_config)(recording[: len(recording) // 256 * 256]).unsqueeze(0)
+        torch.manual_seed(experiment.train_config.seed + number)
+        expected = model.reverse(mel, z=model.sample_noise(mel, 0.8))[0].clamp(-1, 1)
+        written = read_wav(folder / "synthesis" / "waveflow_8_temp0.8" / Path(source).name, 22_050)
+        torch.testing.assert_close(written, expected, atol=1e-3, rtol=0)
+        assert expected.abs().max() > 0.1
 
     assert run("-c", path, "--synthesize", "-t", 0) == 0
     still = read_wav(folder / "synthesis" / "waveflow_8_temp0" / Path(source).name, 22_050)
@@ -157,6 +160,156 @@ def test_a_synthesis_that_is_not_finite_is_not_written(trained, tmp_path, capsys
     torch.save(checkpoint, tmp_path / "waveflow_8")
     message = fails(capsys, "-c", path, "-s", *setting("train_config.checkpoint_path", tmp_path / "waveflow_8"))
     assert "not finite" in message
+
+
+@pytest.fixture
+def mels(tmp_path):
+    """A list of five mels of different lengths, 0.07 to 0.21 s; returns its path and the folder."""
+    generator = torch.Generator().manual_seed(3)
+    names = [f"mel{i}.npy" for i in range(5)]
+    for name, frames in zip(names, (13, 7, 19, 7, 10), strict=True):
+        np.save(tmp_path / name, (torch.randn(80, frames, generator=generator) - 5).numpy())
+    (tmp_path / "mels.txt").write_text("\n".join(names))
+    return tmp_path / "mels.txt", tmp_path
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The number of clips of each batch that the engine is given."""
+    counts, synthesize_many = [], SynthesisEngine.synthesize_many
+
+    def counted(engine, clips):
+        counts.append(len(clips))
+        return synthesize_many(engine, clips)
+
+    monkeypatch.setattr(SynthesisEngine, "synthesize_many", counted)
+    return counts
+
+
+def wavs(folder):
+    """What was synthesized, in steps of 16 bits; the wavs are removed."""
+    found = {}
+    for path in sorted((folder / "synthesis").rglob("*.wav")):
+        found[path.stem] = (read_wav(path, 22_050) * 32_768).round().int()
+        path.unlink()
+    return found
+
+
+def assert_same_wavs(found, expected):
+    assert found.keys() == expected.keys()
+    for name, audio in expected.items():
+        torch.testing.assert_close(found[name], audio, atol=1, rtol=0)
+
+
+def test_clips_synthesized_at_once_sound_as_they_do_alone(trained, mels, batches, capsys):
+    path, folder = trained
+    job = ["-c", path, "-s", *setting("data_config.test_files", mels[0])]
+    assert run(*job, "--batch_seconds", 0) == 0
+    alone = wavs(folder)
+    assert [len(alone[f"mel{i}"]) for i in range(5)] == [256 * n for n in (12, 6, 18, 6, 9)]
+    assert all(audio.abs().max() > 3_000 for audio in alone.values())
+    assert batches == [1, 1, 1, 1, 1]
+    assert "batch" not in capsys.readouterr().out
+    for limit, expected in (
+        ([256 * 18 / 22_050], [2, 1, 2]),  # 12 + 6 frames fill it, and 18
+        ([256 * 17 / 22_050], [1, 1, 1, 2]),  # the third clip is longer than that
+        ([1000], [5]),
+        ([], [5]),  # by default short clips are not alone
+    ):
+        batches.clear()
+        assert run(*job, *(["--batch_seconds", *limit] if limit else [])) == 0
+        assert batches == expected
+        assert_same_wavs(wavs(folder), alone)
+
+
+def test_the_time_of_a_batch_is_shared_out_by_samples(trained, mels, capsys, monkeypatch):
+    path, _ = trained
+    clock = iter(range(100))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # a batch takes a second
+    job = ["-c", path, "-s", *setting("data_config.test_files", mels[0])]
+    assert run(*job, "--batch_seconds", 0.21) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "x real time" in line]
+    assert [line.split(":")[0] for line in lines] == [*(f"mel{i}.wav" for i in range(5)), "5 clip(s)"]
+    seconds = [float(line.split(" in ")[1].split(" s")[0]) for line in lines]
+    assert seconds == pytest.approx([12 / 18, 6 / 18, 1, 6 / 15, 9 / 15, 3], abs=0.006)
+    shares = [line.partition(" (")[2] for line in lines]
+    assert shares == [*2 * ["its share of a batch of 2)"], "", *2 * ["its share of a batch of 2)"], ""]
+
+
+def spoil_one(trained, mels):
+    """Make the third mel alone overflow, with weights that bring it there; returns the flags for them."""
+    (_, folder), (_, sources) = trained, mels
+    checkpoint = torch.load(folder / "waveflow_8", weights_only=True)
+    for name, weight in checkpoint["model"].items():
+        if name.startswith("upsample_conv") and name.endswith("weight_g"):
+            weight *= 100
+    torch.save(checkpoint, sources / "waveflow_8")
+    np.save(sources / "mel2.npy", 1e37 * np.sign(np.load(sources / "mel2.npy") + 5))
+    return setting("train_config.checkpoint_path", sources / "waveflow_8")
+
+
+def test_a_synthesis_that_is_not_finite_spares_its_neighbours(trained, mels, capsys):
+    path, folder = trained
+    start = spoil_one(trained, mels)
+    job = ["-c", path, "-s", *start, *setting("data_config.test_files", mels[0])]
+    message = fails(capsys, *job, "--batch_seconds", 0)
+    assert "mel2.npy: the synthesis is not finite" in message
+    before = wavs(folder)
+    assert sorted(before) == ["mel0", "mel1"]  # as ever, the run stops there
+    assert fails(capsys, *job, "--batch_seconds", 60) == message
+    together = wavs(folder)
+    assert sorted(together) == ["mel0", "mel1", "mel3", "mel4"]
+    assert all(audio.abs().max() > 3_000 for audio in together.values())
+    assert_same_wavs({name: together[name] for name in before}, before)
+
+
+def test_clips_before_one_that_cannot_be_read_are_written(trained, mels, capsys, monkeypatch):
+    path, folder = trained
+    _, sources = mels
+    load = train.load_synthesis_entry
+
+    def load_while_files_vanish(file, *others):
+        (sources / "mel2.npy").unlink(missing_ok=True)  # after all were found fit
+        return load(file, *others)
+
+    monkeypatch.setattr(train, "load_synthesis_entry", load_while_files_vanish)
+    message = fails(capsys, "-c", path, "-s", *setting("data_config.test_files", mels[0]))
+    assert "mel2.npy: no such mel file" in message
+    assert sorted(wavs(folder)) == ["mel0", "mel1"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "expected"),
+    [
+        ([], 5, []),
+        ([1, 2, 3], 6, [[1, 2, 3]]),
+        ([1, 2, 3], 5, [[1, 2], [3]]),
+        ([4, 1, 9, 1, 4], 5, [[4, 1], [9], [1, 4]]),
+        ([9], 5, [[9]]),
+        ([1, 9], 5, [[1], [9]]),
+        ([1, 1], 0, [[1], [1]]),
+    ],
+)
+def test_batches_are_consecutive_and_bounded(sizes, limit, expected):
+    assert list(train.in_batches(sizes, lambda size: size, limit)) == expected
+
+
+def test_batches_take_no_more_than_the_next_item():
+    taken = []
+    batches = train.in_batches((taken.append(n) or n for n in range(100)), lambda _: 1, 3)
+    assert next(batches) == [0, 1, 2]
+    assert taken == [0, 1, 2, 3]
+
+
+def test_batches_hand_out_what_came_before_an_error():
+    def items():
+        yield from (1, 1, 1)
+        raise InputError("no more")
+
+    batches = train.in_batches(items(), lambda size: size, 2)
+    assert [next(batches), next(batches)] == [[1, 1], [1]]
+    with pytest.raises(InputError, match="no more"):
+        next(batches)
 
 
 # --- where runs start -------------------------------------------------------------------------------------
@@ -205,6 +358,12 @@ def test_a_run_that_is_through_says_so(trained, capsys):
         ["-e", "0.5"],
         ["--evaluate", "--synthesize"],
         ["--evaluate", "--precision", "float32"],
+        ["--evaluate", "--batch_seconds", "5"],
+        ["--batch_seconds", "0"],
+        ["-s", "--batch_seconds", "-1"],
+        ["-s", "--batch_seconds", "nan"],
+        ["-s", "--batch_seconds", "inf"],
+        ["-s", "--batch_seconds", "many"],
         ["-a", "2", "--resume", "latest"],
         ["-w", "--resume", "latest"],
         ["--max_hours", "nan"],
