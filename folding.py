@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules import SQRT_HALF, Affine, Flow, LayerWeights, Spline
+from estimator import LayerWeights
+from modules import SQRT_HALF, Affine, Flow, Spline
 
 if TYPE_CHECKING:
     from model import FlowVocoder

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from config import InputError, WaveFlowConfig, section_from_dict
+from estimator import Estimator
 from modules import (
     Affine,
-    Estimator,
     Flow,
     FlowEmbedding,
     Spline,
@@ -30,6 +30,7 @@ from modules import (
     unsqueeze,
 )
 from synthesis import SynthesisEngine
+from winograd import Scratch
 
 
 class Sharing(NamedTuple):
@@ -81,7 +82,7 @@ class FlowVocoder(nn.Module):
         x = squeeze(audio.unsqueeze(1), self.config.n_height)  # [B, 1, h, W]
         log_det = x.new_zeros(len(x))
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
-        for flow in self.flows(self.condition(mel, audio.size(1))):
+        for flow in self.flows(self.condition(mel, audio.size(1)), scratch=Scratch()):
             x, flow_log_det = (flow.forward_recomputed if recompute else flow.forward)(x)
             log_det = log_det + flow_log_det
         return x, log_det
@@ -102,18 +103,18 @@ class FlowVocoder(nn.Module):
         """The same audio as `reverse`, through the convolution queue of `synthesis.py`; the model stays as it is."""
         return SynthesisEngine(self)(mel, self._noise(mel, temp, z))
 
-    def flows(self, conditioning: Tensor, backwards: bool = False) -> Iterator[Flow]:
-        """The flows in turn, sharing what the variant shares; conditioning [B, M, h, W]."""
+    def flows(self, conditioning: Tensor, backwards: bool = False, scratch: Scratch | None = None) -> Iterator[Flow]:
+        """The flows in turn, sharing what the variant shares; conditioning [B, M, h, W]; scratch as in `bind`."""
         table = None if self.flow_embedding is None else self.flow_embedding.table()
         shared = len(self.estimators) == 1
-        one_for_all = self.estimators[0].bind(conditioning, table, shared) if shared else None
+        one_for_all = self.estimators[0].bind(conditioning, table, shared, scratch) if shared else None
         steps = list(enumerate(row_orders(self.config)))
         for index, (permutation, order) in reversed(steps) if backwards else steps:
             yield Flow(
                 index=index,
                 permutation=permutation,
                 order=order,
-                estimator=one_for_all or self.estimators[index].bind(conditioning),
+                estimator=one_for_all or self.estimators[index].bind(conditioning, scratch=scratch),
                 transform=self.transforms[index % len(self.transforms)],
                 gates=None if self.gates is None else self.gates[index],
             )

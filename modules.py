@@ -1,4 +1,4 @@
-"""What the flow vocoder is made of: row operations, the estimator, the transforms, the upsampler, the loss.
+"""What the flow vocoder is made of beside the estimator: row operations, transforms, a flow, the upsampler, the loss.
 
 Shapes: B batch, T audio samples, F mel frames, M mel bands, h squeeze height, W = T/h columns,
 R residual channels, L layers, E embedding size. Every transform follows one contract: forward maps
@@ -6,10 +6,9 @@ data to noise and also gives log|det|, inverse maps noise to data.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from config import InputError, WaveFlowConfig
 from spline import rational_quadratic_spline
+
+if TYPE_CHECKING:
+    from estimator import BoundEstimator
+    from winograd import WinogradEstimator
 
 SQRT_HALF = math.sqrt(0.5)
 LEAKY_SLOPE = 0.4  # of the upsampler
@@ -112,168 +115,7 @@ class Upsampler(nn.Module):
         return image.squeeze(1)
 
 
-# --- the estimator: a 2-D WaveNet ---------------------------------------------------------------------------
-
-
-class LayerWeights(NamedTuple):
-    """One estimator layer with weight norm folded; `gate_bias` [n_flow or 1, 2R] holds the flow's embedding too."""
-
-    gate: Tensor  # [2R, R, 3, 3]
-    gate_bias: Tensor
-    res_skip: Tensor  # [2R, R, 1, 1], first R rows residual, last R skip
-    res_skip_bias: Tensor  # [2R]
-    conditioning: tuple[Tensor, Tensor]  # [2R, M, 1, 1], [2R]
-
-    def to(self, dtype: torch.dtype) -> "LayerWeights":
-        """The same in another precision."""
-        *own, (weight, bias) = self
-        return LayerWeights(*(tensor.to(dtype) for tensor in own), (weight.to(dtype), bias.to(dtype)))
-
-
-class EstimatorLayer(nn.Module):
-    """The parameters of one gated layer: 3x3 dilated, 1x1 conditioning, 1x1 embedding, 1x1 residual and skip."""
-
-    def __init__(self, res_channels: int, cin_channels: int, size_flow_embed: int, dilation: tuple[int, int]) -> None:
-        super().__init__()
-        self.dilation = dilation
-        self.gate_conv = WeightNorm(2 * res_channels, res_channels, 3, 3)
-        self.cond_conv = WeightNorm(2 * res_channels, cin_channels, 1, 1)
-        self.embed_conv = WeightNorm(2 * res_channels, size_flow_embed, 1, 1) if size_flow_embed else None
-        self.res_skip_conv = WeightNorm(2 * res_channels, res_channels, 1, 1)
-
-    def fold(self, flow_embedding: Tensor | None) -> LayerWeights:
-        """Weights without weight norm; the embedding table [n_flow, E] becomes a bias for each flow."""
-        gate_bias = self.gate_conv.bias.unsqueeze(0)
-        if self.embed_conv is not None:
-            gate_bias = gate_bias + F.linear(flow_embedding, self.embed_conv.weight().flatten(1), self.embed_conv.bias)
-        return LayerWeights(
-            gate=self.gate_conv.weight().contiguous(memory_format=torch.channels_last),
-            gate_bias=gate_bias,
-            res_skip=self.res_skip_conv.weight(),
-            res_skip_bias=self.res_skip_conv.bias,
-            conditioning=(self.cond_conv.weight(), self.cond_conv.bias),
-        )
-
-
-class Estimator(nn.Module):
-    """The 2-D WaveNet of a flow (WaveFlow, section 3): features of row r from rows <= r of its input.
-
-    Causal in height, symmetric in width. NanoFlow gives one estimator to all flows.
-    """
-
-    def __init__(self, config: WaveFlowConfig) -> None:
-        super().__init__()
-        self.compiled = False  # torch.compile training steps
-        self.front_conv = WeightNorm(config.res_channels, 1, 1, 1)
-        size_flow_embed = config.size_flow_embed if config.coupling_type == "nanoflow" else 0
-        self.layers = nn.ModuleList(
-            EstimatorLayer(config.res_channels, config.cin_channels, size_flow_embed, config.dilations(layer))
-            for layer in range(config.n_layer)
-        )
-
-    def bind(
-        self, conditioning: Tensor, flow_embedding: Tensor | None = None, shared: bool = False
-    ) -> "BoundEstimator":
-        """The estimator for one pass: what all flows that use it share is computed once.
-
-        conditioning [B, M, h, W] in the row order of the audio; flow_embedding [n_flow, E] or None.
-        """
-        kind = conditioning.device.type
-        with torch.autocast(kind, enabled=False):
-            weights = [layer.fold(flow_embedding) for layer in self.layers]
-            front = (self.front_conv.weight(), self.front_conv.bias)
-        if torch.is_autocast_enabled(kind):  # cast here, they are not cast again for every flow
-            dtype = torch.get_autocast_dtype(kind)
-            weights = [layer.to(dtype) for layer in weights]
-            front = (front[0].to(dtype), front[1].to(dtype))
-        dilations = [layer.dilation for layer in self.layers]
-        run = _compiled_estimate() if self.compiled and torch.is_grad_enabled() else _estimate
-        return BoundEstimator(front, weights, dilations, conditioning, shared, run)
-
-
-@dataclass
-class BoundEstimator:
-    """An estimator with its weights folded; one that is shared is called by every flow."""
-
-    front: tuple[Tensor, Tensor]
-    weights: list[LayerWeights]
-    dilations: list[tuple[int, int]]
-    conditioning: Tensor
-    shared: bool
-    run: Callable[..., Tensor]
-    _products: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
-
-    def __call__(self, x: Tensor, products: list[Tensor], flow: int, gates: Tensor | None = None) -> Tensor:
-        """Features [B, R, h', W] of the first h' rows, x [B, 1, h', W].
-
-        products: what `products` gave for the flow's row order; flow picks the embedding; gates [L, R] replace
-        sqrt(1/2) in the residual update (NanoFlow, section 3.3). Channels are innermost in memory throughout: the
-        dilated convolutions are then matrix products at full speed on CPUs and in half precision on GPUs.
-        """
-        if self.run is not _estimate and not x.requires_grad:
-            x = x.detach().requires_grad_()  # the first flow too runs the graph that the others need
-        biases = [weights.gate_bias[flow % len(weights.gate_bias)] for weights in self.weights]
-        products = [product[:, :, : x.size(2)] for product in products]
-        return self.run(x, self.front, self.weights, biases, self.dilations, products, gates)
-
-    def products(self, order: tuple[int, ...]) -> list[Tensor]:
-        """Each layer's conditioning product [B, 2R, h, W] with the rows in `order`.
-
-        A shared estimator keeps them: the few orders that occur are computed once each.
-        """
-        if order in self._products:
-            return self._products[order]
-        permuted = permute_rows(self.conditioning, order).contiguous(memory_format=torch.channels_last)
-        products = [F.conv2d(permuted, *weights.conditioning) for weights in self.weights]
-        if self.shared:
-            self._products[order] = products
-        return products
-
-
-def _estimate(
-    x: Tensor,
-    front: tuple[Tensor, Tensor],
-    layers: list[LayerWeights],
-    biases: list[Tensor],
-    dilations: list[tuple[int, int]],
-    products: list[Tensor],
-    gates: Tensor | None,
-) -> Tensor:
-    """What `BoundEstimator` computes; a function of tensors, so that all flows run one compiled graph."""
-    hidden = F.conv2d(x, *front).contiguous(memory_format=torch.channels_last)  # [B, R, h', W]
-    features = 0
-    for index, (weights, bias, dilation) in enumerate(zip(layers, biases, dilations, strict=True)):
-        gated = _gated(hidden, weights.gate, bias, products[index], dilation)
-        residual, skip = _residual_and_skip(gated, weights, is_last=index == len(layers) - 1)
-        features = features + skip
-        if residual is not None:
-            hidden = _update(hidden, residual, None if gates is None else gates[index])
-    return features
-
-
-@cache
-def _compiled_estimate() -> Callable[..., Tensor]:
-    # Training steps have one shape, so each graph is made for its own: a shape that varies would make slower code.
-    return torch.compile(_estimate, dynamic=False, fullgraph=True)
-
-
-def _gated(hidden: Tensor, weight: Tensor, bias: Tensor, product: Tensor, dilation: tuple[int, int]) -> Tensor:
-    dilation_h, dilation_w = dilation
-    past = F.pad(hidden, (0, 0, 2 * dilation_h, 0))  # causal: rows above only
-    both = F.conv2d(past, weight, bias, padding=(0, dilation_w), dilation=dilation) + product  # [B, 2R, h', W]
-    filters, gates = both.chunk(2, dim=1)
-    return torch.tanh(filters) * torch.sigmoid(gates)
-
-
-def _residual_and_skip(gated: Tensor, weights: LayerWeights, is_last: bool) -> tuple[Tensor | None, Tensor]:
-    if is_last:  # nothing follows the last residual; its half of the weights is kept for equal counts and checkpoints
-        half = len(weights.res_skip_bias) // 2
-        return None, F.conv2d(gated, weights.res_skip[half:], weights.res_skip_bias[half:])
-    return F.conv2d(gated, weights.res_skip, weights.res_skip_bias).chunk(2, dim=1)
-
-
-def _update(hidden: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
-    return (hidden + residual) * SQRT_HALF if gate is None else hidden + residual * gate.view(-1, 1, 1)
+# --- what flows share and own --------------------------------------------------------------------------------
 
 
 class FlowEmbedding(nn.Module):
@@ -379,33 +221,33 @@ class Flow:
     index: int
     permutation: tuple[int, ...]
     order: tuple[int, ...]
-    estimator: BoundEstimator
+    estimator: "BoundEstimator | WinogradEstimator"
     transform: Affine | Spline
     gates: Tensor | None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data to noise: x [B, 1, h, W] -> z [B, 1, h, W], log|det| [B]."""
         x = permute_rows(x, self.permutation)
-        params = self._params(shift_down(x), self.estimator.products(self.order))
+        params = self._params(shift_down(x), self.estimator.prepare(self.order))
         z, log_det = self.transform(x, params)
         return z, log_det.flatten(1).sum(1)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Noise to data, one row after the other, recomputing the rows above each time."""
-        x, products = torch.zeros_like(z), self.estimator.products(self.order)
+        x, prepared = torch.zeros_like(z), self.estimator.prepare(self.order)
         for row in range(z.size(2)):
-            params = self._params(shift_down(x[:, :, : row + 1]), products)
+            params = self._params(shift_down(x[:, :, : row + 1]), prepared)
             x[:, :, row : row + 1] = self.transform.inverse(z[:, :, row : row + 1], params[:, :, row:])
         return permute_rows(x, self.permutation)  # its own inverse
 
     def forward_recomputed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`forward`, keeping its input only and computing the rest again in the backward pass."""
-        if self.estimator.shared:
-            self.estimator.products(self.order)  # serves other flows too: made here, outside what is recomputed
+        if self.estimator.keeps:
+            self.estimator.prepare(self.order)  # made here, outside what is recomputed
         return checkpoint(self.forward, x, use_reentrant=False)
 
-    def _params(self, shifted: Tensor, products: list[Tensor]) -> Tensor:
-        return self.transform.project(self.estimator(shifted, products, self.index, self.gates))
+    def _params(self, shifted: Tensor, prepared: Tensor | list[Tensor]) -> Tensor:
+        return self.estimator.params(shifted, prepared, self.index, self.gates, self.transform)
 
 
 # --- loss -------------------------------------------------------------------------------------------------

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from config import InputError, WaveFlowConfig
+from conv_queue import Scratch, Window, WinogradQueue, roll
 from folding import FoldedFlow, fold_flows
 from modules import Upsampler, squeeze
 from precision import fast_bfloat16
-from winograd import Scratch, Window, WinogradQueue, roll
 
 if TYPE_CHECKING:
     from model import FlowVocoder

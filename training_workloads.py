@@ -15,8 +15,9 @@ from torch import Tensor
 from audio import write_wav
 from config import Config, TrainConfig
 from data import make_train_loader
+from estimator import Estimator
 from model import FlowVocoder, row_orders
-from modules import SQRT_HALF, Estimator, FlowLoss, WeightNorm, permute_rows, shift_down, squeeze
+from modules import SQRT_HALF, FlowLoss, WeightNorm, permute_rows, shift_down, squeeze
 from precision import make_precision
 
 SEGMENT = 16_000  # samples of a training crop

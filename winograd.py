@@ -1,4 +1,4 @@
-"""The layer steps of synthesis on a CPU: a convolution queue kept in Winograd's domain.
+"""The estimator in training on a CPU: dilated convolutions in Winograd's domain, forward and backward.
 
 A layer with dilation d sees columns d apart. Take its input in blocks of d columns, E_0 O_0 E_1 O_1 ...; the three
 width taps g0, g1, g2 give the pair of output blocks j from O_{j-1}, E_j, O_j, E_{j+1}. F(2, 3) of Lavin and Gray
@@ -7,156 +7,428 @@ width taps g0, g1, g2 give the pair of output blocks j from O_{j-1}, E_j, O_j, E
     even = a + b + (O_{j-1} - O_j) g0          a = (E_j + O_j) (g0 + g1 + g2) / 2
     odd  = a - b + (E_{j+1} - E_j) g2          b = (O_j - E_j) (g0 - g1 + g2) / 2
 
-A row is transformed once, when it enters the queue, and read by the three rows that need it; the rows of one product
-stand side by side, so that its depth is 3R. What the queue holds is a ring: row r overwrites row r - 3 dilation_h,
-and the weights are stored so that each rotation of the ring is a slice of them.
+The four differences of the input are its planes. A 1x1 product c joins a and b: (E + O) c / 2 and -(O - E) c / 2. The
+gradients are the same sums transposed, with the same four products for the planes and four for the weights. Rows
+above come in as further products of the same planes.
+
+Channels are innermost, and the work goes some rows at a time, so that what lies between two products stays in cache.
+The skip branches and the projection are merged, as in `folding.py`: their product is R -> P and not R -> R -> P.
+`estimator.py` has the plain convolutions that this is equal to, and says when it is used.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from folding import FoldedFlow, FoldedLayer
+from modules import SQRT_HALF, Affine, Spline, permute_rows
+
+if TYPE_CHECKING:
+    from estimator import LayerWeights
+
+TILE = 4096  # columns at a time; what a layer makes of them fits the second-level cache of two cores
+PROJECTION_MULTIPLE = 16  # columns of the projection are zero-padded to this: BLAS is slow on two columns
 
 
-class Window(NamedTuple):
-    """Columns [start, stop) of a buffer, multiples of 2 dilation_w."""
-
-    start: int
-    stop: int
+def product_weights(taps: Tensor) -> Tensor:
+    """Taps [3, 3, R, 2R] of a convolution, height by width -> weights [3, 4, R, 2R] of a, b, even and odd."""
+    left, centre, right = taps.unbind(1)
+    return torch.stack([(left + centre + right) / 2, (left - centre + right) / 2, left, right], dim=1)
 
 
 class Scratch:
-    """Where a layer step of up to `tile` columns keeps its products; one for each thread."""
+    """Buffers that are used again by the layers of a model, one after the other; by name."""
 
-    def __init__(self, flow: FoldedFlow, tile: int) -> None:
-        n_both = flow.entry.size(1)
-        self._sums, self._both = flow.entry.new_empty(2, tile * n_both)
-        self._gated = flow.entry.new_empty(tile * n_both // 2)
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
 
-    def of(self, n: int, n_both: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[n, 2R], [n, 2R] and [n, R], uninitialised and contiguous."""
-        whole = n * n_both
-        return (
-            self._sums[:whole].view(n, n_both),
-            self._both[:whole].view(n, n_both),
-            self._gated[: whole // 2].view(n, n_both // 2),
-        )
+    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Uninitialised and contiguous, of the precision of `like`."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = like.new_empty(size)
+        return self._buffers[name][:size].view(shape)
 
 
-class WinogradQueue:
-    """What a flow remembers of rows above and columns to the left, for `width` columns of all layers.
+# --- planes of rows [c, W, C], in pairs of blocks of d columns ---------------------------------------------------
 
-    `silent` are columns, counted from the start of the input, that belong to no clip: the input of every layer is
-    zero there, as it is in the `margin` columns that stand for what lies outside.
+
+def _pairs(x: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """The even and the odd blocks, each [c, W/2d, d, C]."""
+    return x.view(len(x), -1, 2, d, x.size(2)).unbind(2)
+
+
+def _sums(x: Tensor, d: int, out: Tensor) -> None:
+    """E + O and O - E into out [2, c, W/2, C]."""
+    even, odd = _pairs(x, d)
+    total, difference = out.view(2, *even.shape)
+    torch.add(even, odd, out=total)
+    torch.sub(odd, even, out=difference)
+
+
+def _differences(x: Tensor, d: int, out: Tensor) -> None:
+    """O_{j-1} - O_j and E_{j+1} - E_j into out [2, c, W/2, C]; what lies beyond the edges is zero."""
+    even, odd = _pairs(x, d)
+    left, right = out.view(2, *even.shape)
+    torch.sub(odd[:, :-1], odd[:, 1:], out=left[:, 1:])
+    torch.neg(odd[:, 0], out=left[:, 0])
+    torch.sub(even[:, 1:], even[:, :-1], out=right[:, :-1])
+    torch.neg(even[:, -1], out=right[:, -1])
+
+
+def _sums_backward(planes: Tensor, d: int, x: Tensor) -> None:
+    """The transpose of `_sums`, into x."""
+    even, odd = _pairs(x, d)
+    total, difference = planes.view(2, *even.shape)
+    torch.sub(total, difference, out=even)
+    torch.add(total, difference, out=odd)
+
+
+def _add_differences_backward(planes: Tensor, d: int, x: Tensor) -> None:
+    """The transpose of `_differences`, added to x."""
+    even, odd = _pairs(x, d)
+    left, right = planes.view(2, *even.shape)
+    even -= right
+    even[:, 1:] += right[:, :-1]
+    odd -= left
+    odd[:, :-1] += left[:, 1:]
+
+
+# --- products -----------------------------------------------------------------------------------------------------
+
+
+def _add_products(out: Tensor, planes: Tensor, weights: Tensor, rows: slice, dilation_h: int) -> None:
+    """out [2, c, N, 2R] of some rows += planes [2, h, N, R] of the rows r, r - dilation_h, r - 2 dilation_h times
+    weights [3, 2, R, 2R], the oldest first; there is nothing above row 0."""
+    for age in range(3):
+        above = age * dilation_h
+        first = max(rows.start, above)
+        if first < rows.stop:
+            seen = planes[:, first - above : rows.stop - above]
+            out[:, first - rows.start :].flatten(1, 2).baddbmm_(seen.flatten(1, 2), weights[2 - age])
+
+
+def _products_backward(
+    gradient: Tensor, planes: Tensor, weights: Tensor, rows: slice, dilation_h: int, into: tuple[Tensor, Tensor]
+) -> None:
+    """Of `_add_products`, from the gradient [2, h, N, 2R] of these rows and those below: the planes' gradient
+    [2, c, N, R] into into[0], the weights' [3, 2, R, 2R] added to into[1]. Here planes [2, c, N, R] are these rows'."""
+    d_planes, d_weights = into
+    n_rows, height = rows.stop - rows.start, gradient.size(1)
+    for age in range(3):
+        n_seen = min(n_rows, height - age * dilation_h - rows.start)
+        if n_seen <= 0:
+            return
+        tap = weights[2 - age].transpose(1, 2)
+        below = gradient[:, rows.start + age * dilation_h :][:, :n_seen].flatten(1, 2)
+        seen = planes[:, :n_seen].flatten(1, 2)
+        if age == 0:
+            torch.bmm(below, tap, out=d_planes.flatten(1, 2))
+        else:
+            d_planes[:, :n_seen].flatten(1, 2).baddbmm_(below, tap)
+        d_weights[2 - age].baddbmm_(seen.transpose(1, 2), below)
+
+
+# --- a layer ------------------------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """The weights of a gated layer as its products take them; residual and its bias are None for the last layer."""
+
+    products: Tensor  # [3, 4, R, 2R]
+    conditioning: Tensor  # [M, 2R]
+    bias: Tensor  # [2R], of the gate: all of them added up
+    residual: Tensor | None  # [R, R]
+    residual_bias: Tensor | None  # [R]
+    skip: Tensor  # [R, P]
+
+
+class Geometry(NamedTuple):
+    """What a layer must know beside tensors."""
+
+    dilation: tuple[int, int]  # (height, width)
+    width: int  # columns of the clip; those beyond it, up to W, are padding
+    scratch: Scratch
+
+
+class GatedLayer(torch.autograd.Function):
+    """hidden [B, h, W, R], params [B, h, W, P], conditioning [B, h, W, M] and a `Layer` -> the next two.
+
+    Padding is zero in hidden, and stays so. Kept for the backward pass: hidden, and the two branches of the gate.
     """
 
-    def __init__(self, flow: FoldedFlow, width: int, margin: int, silent: Sequence[range]) -> None:
-        like, self.margin, self.silent, self.base = flow.front, margin, silent, 0
-        n_res, n_layers = like.size(1), len(flow.layers)
-        # hidden[l] is the input of layer l >= 1; rows[l] its transformed rows, at half the columns
-        self.hidden = [None, *(like.new_zeros(width + 2 * margin, n_res) for _ in range(1, n_layers))]
-        self.rows = [None, *(like.new_empty(4, width // 2, layer.dilation[0], 3 * n_res) for layer in flow.layers[1:])]
+    @staticmethod
+    def forward(
+        ctx: Any, geometry: Geometry, hidden: Tensor, params: Tensor, conditioning: Tensor, *weights: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        layer = Layer(*weights)
+        n_clips, height, width, n_res = hidden.shape
+        branches = hidden.new_empty(n_clips, 2, height, width // 2, 2 * n_res)
+        after = None if layer.residual is None else torch.empty_like(hidden)
+        params = params.clone()
+        for clip in range(n_clips):
+            _forward(
+                layer,
+                geometry,
+                hidden[clip],
+                conditioning[clip],
+                branches[clip],
+                params[clip],
+                None if after is None else after[clip],
+            )
+        ctx.save_for_backward(hidden, conditioning, branches, *weights)
+        ctx.geometry = geometry
+        return after, params
 
     @staticmethod
-    def arrange(taps: Tensor) -> Tensor:
-        """[3, 3, R, 2R] -> [4, 5R, 2R]: the weights of a, b, even and odd; rows [k R, (k + 3) R) fit rotation k."""
-        left, centre, right = taps.transpose(0, 1).flatten(1, 2)  # each [3R, 2R], oldest row first
-        products = torch.stack([(left + centre + right) / 2, (left - centre + right) / 2, left, right])
-        return torch.cat([products, products[:, : 2 * taps.size(2)]], dim=1)
+    def backward(ctx: Any, d_after: Tensor | None, d_params: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, conditioning, branches, *weights = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_conditioning = torch.empty_like(conditioning)
+        d_layer = Layer(*(None if weight is None else torch.zeros_like(weight) for weight in weights))
+        for clip in range(len(hidden)):
+            _backward(
+                Layer(*weights),
+                ctx.geometry,
+                (hidden[clip], conditioning[clip], branches[clip]),
+                (None if d_after is None else d_after[clip], d_params[clip]),
+                (d_hidden[clip], d_conditioning[clip]),
+                d_layer,
+            )
+        return None, d_hidden, d_params, d_conditioning, *d_layer
 
-    def rewind(self) -> None:
-        """Begin a flow at the start of the input; no row is read before it was written."""
-        self.base = 0
-        for buffer in self.hidden[1:]:
-            buffer[: self.margin] = 0
 
-    def roll(self, columns: int) -> None:
-        """Move everything left."""
-        self.base += columns
-        for buffer in self.hidden[1:]:
-            roll(buffer, columns, dim=0)
-        for buffer in self.rows[1:]:
-            roll(buffer, columns // 2, dim=1)
+def _rows(height: int, columns: int) -> list[slice]:
+    step = max(1, TILE // columns)
+    return [slice(start, min(start + step, height)) for start in range(0, height, step)]
 
-    def enter(
-        self, flow: FoldedFlow, near: Tensor, conditioning: Tensor, at: Window, params: Tensor, scratch: Scratch
-    ) -> None:
-        """Layer 0 of a row, from near [2, 3, 3, n]: x and the mask at each tap. The rest is as in `step`."""
-        near = near.reshape(18, -1).to(flow.entry.dtype)
-        layer = flow.layers[0]
-        _, both, gated = scratch.of(near.size(1), flow.entry.size(1))
-        if layer.residual:
-            torch.mm(near[7::9].t(), flow.front, out=self.hidden[1][self._columns(at)])
-        torch.mm(near.t(), flow.entry, out=both)
-        filters, gates = both.addmm_(conditioning, layer.conditioning).sigmoid_().chunk(2, dim=1)
-        torch.addcmul(gates, filters, gates, value=-2, out=gated)
-        self._finish(0, layer, gated, at, params)
 
-    def step(
+def _forward(
+    layer: Layer,
+    geometry: Geometry,
+    hidden: Tensor,
+    conditioning: Tensor,
+    branches: Tensor,
+    params: Tensor,
+    after: Tensor | None,
+) -> None:
+    """One clip: hidden [h, W, R] and conditioning [h, W, M] -> branches [2, h, W/2, 2R], params and after."""
+    (dilation_h, d), clip_width, scratch = geometry
+    height, width, n_res = hidden.shape
+    half, bands = width // 2, conditioning.size(2)
+    planes = scratch("planes", hidden, 4, height, half, n_res)
+    bias = torch.stack([layer.bias, torch.zeros_like(layer.bias)]).unsqueeze(1)
+    halves = torch.stack([layer.conditioning, -layer.conditioning]) / 2
+    for rows in _rows(height, width):
+        n = rows.stop - rows.start
+        _sums(hidden[rows], d, planes[:2, rows])
+        _differences(hidden[rows], d, planes[2:, rows])
+        pairs = scratch("conditioning", hidden, 2, n, half, bands)
+        _sums(conditioning[rows], d, pairs)
+        sums = scratch("sums", hidden, 2, n, half, 2 * n_res)
+        torch.baddbmm(bias, pairs.flatten(1, 2), halves, out=sums.flatten(1, 2))
+        _add_products(sums, planes[:2], layer.products[:, :2], rows, dilation_h)
+        both = scratch("both", hidden, 2, n, half, 2 * n_res)
+        torch.add(sums[0], sums[1], out=both[0])
+        torch.sub(sums[0], sums[1], out=both[1])
+        _add_products(both, planes[2:], layer.products[:, 2:], rows, dilation_h)
+        filters, gates = branches[:, rows].chunk(2, dim=3)
+        torch.tanh(both[..., :n_res], out=filters)
+        torch.sigmoid(both[..., n_res:], out=gates)
+        gated = _gated(branches[:, rows], d, scratch)
+        params[rows].flatten(0, 1).addmm_(gated, layer.skip)
+        if after is not None:
+            torch.add(hidden[rows], layer.residual_bias, out=after[rows])
+            after[rows].flatten(0, 1).addmm_(gated, layer.residual)
+            after[rows, clip_width:] = 0
+
+
+def _gated(branches: Tensor, d: int, scratch: Scratch) -> Tensor:
+    """tanh times sigmoid of branches [2, c, W/2, 2R], with the columns in their places: [c W, R]."""
+    _, n_rows, half, n_both = branches.shape
+    gated = scratch("gated", branches, n_rows, half // d, 2, d, n_both // 2)
+    filters, gates = branches.unflatten(2, (-1, d)).chunk(2, dim=4)
+    torch.mul(filters, gates, out=gated.movedim(2, 0))
+    return gated.view(-1, n_both // 2)
+
+
+def _backward(
+    layer: Layer,
+    geometry: Geometry,
+    saved: tuple[Tensor, Tensor, Tensor],
+    d_outputs: tuple[Tensor | None, Tensor],
+    d_inputs: tuple[Tensor, Tensor],
+    d_layer: Layer,
+) -> None:
+    """One clip, from the gradients of `after` and `params`: those of hidden and conditioning are written to d_inputs,
+    those of the weights are added to d_layer."""
+    (dilation_h, d), clip_width, scratch = geometry
+    hidden, conditioning, branches = saved
+    (d_after, d_params), (d_hidden, d_conditioning) = d_outputs, d_inputs
+    height, width, n_res = hidden.shape
+    half, bands = width // 2, conditioning.size(2)
+    halves = torch.stack([layer.conditioning, -layer.conditioning]).transpose(1, 2) / 2
+    d_halves = torch.zeros_like(halves.transpose(1, 2))
+    d_both = scratch("d_both", hidden, 2, height, half, 2 * n_res)
+    d_sums = scratch("d_sums", hidden, 2, height, half, 2 * n_res)
+    for rows in reversed(_rows(height, width)):
+        n = rows.stop - rows.start
+        gated = _gated(branches[:, rows], d, scratch)
+        d_gated = _update_backward(layer, gated, d_after, d_params, rows, d_layer, scratch)
+        _gate_backward(d_gated, branches[:, rows], d, d_both[:, rows])
+        torch.add(d_both[0, rows], d_both[1, rows], out=d_sums[0, rows])
+        torch.sub(d_both[0, rows], d_both[1, rows], out=d_sums[1, rows])
+        d_layer.bias.add_(d_sums[0, rows].sum((0, 1)))
+
+        pairs = scratch("conditioning", hidden, 2, n, half, bands)
+        _sums(conditioning[rows], d, pairs)
+        d_halves.baddbmm_(pairs.flatten(1, 2).transpose(1, 2), d_sums[:, rows].flatten(1, 2))
+        torch.bmm(d_sums[:, rows].flatten(1, 2), halves, out=pairs.flatten(1, 2))
+        _sums_backward(pairs, d, d_conditioning[rows])
+
+        planes = scratch("planes", hidden, 4, n, half, n_res)
+        _sums(hidden[rows], d, planes[:2])
+        _differences(hidden[rows], d, planes[2:])
+        d_planes = scratch("d_planes", hidden, 4, n, half, n_res)
+        for pair, gradient in ((slice(0, 2), d_sums), (slice(2, 4), d_both)):
+            into = d_planes[pair], d_layer.products[:, pair]
+            _products_backward(gradient, planes[pair], layer.products[:, pair], rows, dilation_h, into)
+        _sums_backward(d_planes[:2], d, d_hidden[rows])
+        _add_differences_backward(d_planes[2:], d, d_hidden[rows])
+        d_hidden[rows, clip_width:] = 0
+        if d_after is not None:
+            d_hidden[rows] += d_after[rows]
+    d_layer.conditioning.add_((d_halves[0] - d_halves[1]) / 2)
+
+
+def _update_backward(
+    layer: Layer,
+    gated: Tensor,
+    d_after: Tensor | None,
+    d_params: Tensor,
+    rows: slice,
+    d_layer: Layer,
+    scratch: Scratch,
+) -> Tensor:
+    """Of the residual update and the projection: the gradient [c W, R] of gated."""
+    d_params = d_params[rows].flatten(0, 1)
+    d_gated = scratch("d_gated", gated, *gated.shape)
+    torch.mm(d_params, layer.skip.t(), out=d_gated)
+    d_layer.skip.addmm_(gated.t(), d_params)
+    if d_after is not None:
+        d_after = d_after[rows].flatten(0, 1)
+        d_gated.addmm_(d_after, layer.residual.t())
+        d_layer.residual.addmm_(gated.t(), d_after)
+        d_layer.residual_bias.add_(d_after.sum(0))
+    return d_gated
+
+
+def _gate_backward(d_gated: Tensor, branches: Tensor, d: int, d_both: Tensor) -> None:
+    """Of tanh times sigmoid: d_gated [c W, R] -> d_both [2, c, W/2, 2R]."""
+    _, n_rows, half, n_both = branches.shape
+    d_gated = d_gated.view(n_rows, half // d, 2, d, n_both // 2).movedim(2, 0)
+    filters, gates = branches.unflatten(2, (-1, d)).chunk(2, dim=4)
+    d_filters, d_gates = d_both.unflatten(2, (-1, d)).chunk(2, dim=4)
+    torch.mul(d_gated, gates, out=d_filters)
+    torch.ops.aten.tanh_backward.grad_input(d_filters, filters, grad_input=d_filters)
+    torch.mul(d_gated, filters, out=d_gates)
+    torch.ops.aten.sigmoid_backward.grad_input(d_gates, gates, grad_input=d_gates)
+
+
+# --- the estimator ------------------------------------------------------------------------------------------------
+
+
+class WinogradEstimator:
+    """An estimator for one pass, equal to `estimator.BoundEstimator`; conditioning [B, M, h, W] in the audio's order.
+
+    Without gates it carries H_l / sqrt(1/2)^l for the hidden state H_l, whose update is then a plain sum.
+    """
+
+    keeps = True  # what `prepare` gives
+
+    def __init__(
         self,
-        flow: FoldedFlow,
-        index: int,
-        row: int,
+        front: tuple[Tensor, Tensor],
+        weights: "list[LayerWeights]",
+        dilations: list[tuple[int, int]],
         conditioning: Tensor,
-        at: Window,
-        params: Tensor,
+        has_gates: bool,
         scratch: Scratch,
     ) -> None:
-        """Layer `index` >= 1 of a row: conditioning [n, M+1]; adds to params [n, P] and makes the next input."""
-        layer = flow.layers[index]
-        dilation_h, d = layer.dilation
-        n, n_both = len(conditioning), layer.gate.size(2)
-        n_res = n_both // 2
-        age, phase = divmod(row, dilation_h)
-        slot, depth = age % 3, min(age + 1, 3) * n_res  # the first rows have fewer above them
-        queue = self.rows[index][:, at.start // 2 : at.stop // 2, phase]  # [4, n/2, 3R]
-        self._push(index, queue[..., slot * n_res : (slot + 1) * n_res], at, d)
+        self.weights, self.dilations, self.conditioning = weights, dilations, conditioning
+        self.shrink = [1.0 if has_gates else SQRT_HALF**index for index in range(len(weights))]
+        self.front = torch.stack([front[0].flatten(), front[1]])  # [2, R]: of x, and of the mask of the clip's columns
+        taps = [layer.gate.permute(2, 3, 1, 0) * shrink for layer, shrink in zip(weights, self.shrink, strict=True)]
+        # the 1x1 convolution in front is folded into layer 0, which then sees nine taps of x and nine of the mask
+        self.entry = torch.einsum("pr,hwro->phwo", self.front, taps[0]).flatten(0, 2)  # [18, 2R]
+        self.products = [None, *(product_weights(tap) for tap in taps[1:])]
+        self._rows: dict[tuple[int, ...], Tensor] = {}
+        self._scratch = scratch
 
-        queue, weights = queue[..., :depth], layer.gate[:, (2 - slot) * n_res : (2 - slot) * n_res + depth]
-        sums, both, gated = scratch.of(n, n_both)
-        pair = sums.view(2, n // 2, n_both)
-        torch.bmm(queue[:2], weights[:2], out=pair)
-        blocks = both.view(2, n // 2, n_both)  # even, odd
-        torch.add(pair[0], pair[1], out=blocks[0])
-        torch.sub(pair[0], pair[1], out=blocks[1])
-        blocks.baddbmm_(queue[2:], weights[2:])
-        paired = conditioning.unflatten(0, (-1, 2, d)).transpose(0, 1).reshape(n, -1)
-        both.addmm_(paired, layer.conditioning).sigmoid_()
+    def prepare(self, order: tuple[int, ...]) -> Tensor:
+        """The conditioning of a flow [B, h, W', M], rows in `order`, padded to whole pairs of blocks of every layer."""
+        if order not in self._rows:
+            rows = permute_rows(self.conditioning, order).permute(0, 2, 3, 1)
+            self._rows[order] = F.pad(rows, (0, 0, 0, padding(rows.size(2), len(self.weights)))).contiguous()
+        return self._rows[order]
 
-        filters, gates = both.view(2, -1, d, n_both).chunk(2, dim=3)
-        torch.addcmul(gates, filters, gates, value=-2, out=gated.view(-1, 2, d, n_res).transpose(0, 1))
-        self._finish(index, layer, gated, at, params)
+    def params(
+        self, x: Tensor, prepared: Tensor, flow: int, gates: Tensor | None, transform: Affine | Spline
+    ) -> Tensor:
+        """Parameters [B, P, h, W] of the flow's transform, as `BoundEstimator.params`."""
+        project, offset = transform.fold()
+        n_params, width = len(offset), x.size(3)
+        project = F.pad(project.flatten(1), (0, 0, 0, -n_params % PROJECTION_MULTIPLE))  # [P, R]
+        params = x.new_zeros(*prepared.shape[:3], len(project))
+        hidden = None
+        for index, weights in enumerate(self.weights):
+            skip, skip_bias = (tensor.chunk(2)[1] for tensor in (weights.res_skip.flatten(1), weights.res_skip_bias))
+            offset = offset + project[:n_params] @ skip_bias
+            layer = self._layer(index, flow, None if gates is None else gates[index], (project @ skip).t())
+            if index == 0:
+                hidden, params = self._enter(x, prepared, params, layer)
+            else:
+                geometry = Geometry(self.dilations[index], width, self._scratch)
+                hidden, params = GatedLayer.apply(geometry, hidden, params, prepared, *layer)
+        return (params[:, :, :width, :n_params] + offset).permute(0, 3, 1, 2)
 
-    def _push(self, index: int, slot: Tensor, at: Window, d: int) -> None:
-        blocks = self.hidden[index][at.start + self.margin - d : at.stop + self.margin + d].view(-1, d, slot.size(2))
-        before, even, odd, after = blocks[0:-2:2], blocks[1:-1:2], blocks[2::2], blocks[3::2]
-        total, difference, left, right = slot.view(4, -1, d, slot.size(2))
-        torch.add(even, odd, out=total)
-        torch.sub(odd, even, out=difference)
-        torch.sub(before, odd, out=left)
-        torch.sub(after, even, out=right)
+    def _layer(self, index: int, flow: int, gate: Tensor | None, skip: Tensor) -> Layer:
+        weights = self.weights[index]
+        conditioning, conditioning_bias = weights.conditioning
+        residual, residual_bias = None, None
+        if index < len(self.weights) - 1:
+            factor = 1 / self.shrink[index] if gate is None else gate.unsqueeze(1)
+            residual = (weights.res_skip.flatten(1).chunk(2)[0] * factor).t()
+            residual_bias = weights.res_skip_bias.chunk(2)[0] * (1 / self.shrink[index] if gate is None else gate)
+        return Layer(
+            products=self.products[index],
+            conditioning=conditioning.flatten(1).t(),
+            bias=weights.gate_bias[flow % len(weights.gate_bias)] + conditioning_bias,
+            residual=residual,
+            residual_bias=residual_bias,
+            skip=skip,
+        )
 
-    def _finish(self, index: int, layer: FoldedLayer, gated: Tensor, at: Window, params: Tensor) -> None:
-        params += gated @ layer.skip
-        if not layer.residual:
-            return
-        weight, bias = layer.residual
-        columns = self._columns(at)
-        before = self.hidden[max(index, 1)][columns]  # layer 0 has put its input in place already
-        torch.add(before, bias, out=self.hidden[index + 1][columns]).addmm_(gated, weight)
-        for silent in self.silent:
-            start, stop = (min(max(edge - self.base, at.start), at.stop) for edge in (silent.start, silent.stop))
-            self.hidden[index + 1][start + self.margin : stop + self.margin] = 0
+    def _enter(self, x: Tensor, conditioning: Tensor, params: Tensor, layer: Layer) -> tuple[Tensor | None, Tensor]:
+        """Layer 0, whose input of one channel is cheap to multiply as it is."""
+        n_padding = conditioning.size(2) - x.size(3)
+        planes = torch.stack([x, torch.ones_like(x)], dim=4).squeeze(1)  # [B, h, W, 2]: x and the mask
+        planes = F.pad(planes, (0, 0, 1, 1 + n_padding, 2, 0))
+        near = planes.unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)  # [B, h, W', 18]
+        both = torch.addmm(layer.bias, near.flatten(0, 2), self.entry)
+        filters, gates = torch.addmm(both, conditioning.flatten(0, 2), layer.conditioning).chunk(2, dim=1)
+        gated = torch.tanh(filters) * torch.sigmoid(gates)
+        params = torch.addmm(params.flatten(0, 2), gated, layer.skip).view_as(params)
+        if layer.residual is None:
+            return None, params
+        hidden = near[..., 7::9] @ self.front + torch.addmm(layer.residual_bias, gated, layer.residual).view(
+            *near.shape[:3], -1
+        )
+        return F.pad(hidden[:, :, : x.size(3)], (0, 0, 0, n_padding)), params
 
-    def _columns(self, at: Window) -> slice:
-        return slice(at.start + self.margin, at.stop + self.margin)
 
-
-def roll(buffer: Tensor, columns: int, dim: int) -> None:
-    """Move a buffer left by some columns in place; what appears on the right is zero."""
-    kept = buffer.size(dim) - columns
-    buffer.narrow(dim, 0, kept).copy_(buffer.narrow(dim, columns, kept).clone())
-    buffer.narrow(dim, kept, columns).zero_()
+def padding(width: int, n_layer: int) -> int:
+    """Columns that complete whole pairs of blocks in every layer."""
+    return -width % 2**n_layer

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from config import InputError, WaveFlowConfig, section_from_dict
+from estimator import Estimator
 from modules import (
     Affine,
-    Estimator,
     FlowEmbedding,
     FlowLoss,
     Spline,
@@ -67,7 +67,7 @@ def test_estimator_row_sees_rows_up_to_its_own_and_nothing_below(cycle):
     estimator = Estimator(settings)
     x = torch.randn(1, 1, 8, 20, requires_grad=True)
     bound = estimator.bind(torch.randn(1, 80, 8, 20))
-    features = bound(x, bound.products(tuple(range(8))), flow=0)
+    features = bound(x, bound.prepare(tuple(range(8))), flow=0)
     [gradient] = torch.autograd.grad(features[:, :, 5].square().sum(), x)
     rows = gradient[0, 0].abs().sum(1)
     assert (rows[6:] == 0).all()
@@ -78,7 +78,7 @@ def test_estimator_row_sees_rows_up_to_its_own_and_nothing_below(cycle):
 def test_estimator_of_the_first_rows_is_the_first_rows_of_the_estimator():
     torch.manual_seed(0)
     bound = Estimator(config(coupling_type="waveflow", n_layer_per_cycle=2)).bind(torch.randn(2, 80, 8, 20))
-    x, products = torch.randn(2, 1, 8, 20), bound.products(tuple(reversed(range(8))))
+    x, products = torch.randn(2, 1, 8, 20), bound.prepare(tuple(reversed(range(8))))
     torch.testing.assert_close(bound(x[:, :, :3], products, flow=0), bound(x, products, flow=0)[:, :, :3])
 
 

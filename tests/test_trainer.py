@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import checkpoint as ckpt
-import modules
+import estimator as estimators
 import progress
 from config import InputError, TrainConfig, load_config
 from experiments import fails, losses, run
@@ -182,8 +182,8 @@ def test_all_flows_run_one_graph(monkeypatch, coupling_type):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(modules._estimate, dynamic=False, fullgraph=True, backend=count)
-    monkeypatch.setattr(modules, "_compiled_estimate", lambda: compiled)
+    compiled = torch.compile(estimators._estimate, dynamic=False, fullgraph=True, backend=count)
+    monkeypatch.setattr(estimators, "_compiled_estimate", lambda: compiled)
     model = random_vocoder(coupling_type)
     audio, mel = random_input(model)
     expected = gradients_of(model, audio, mel)
