@@ -2,10 +2,13 @@
 
     python benchmark.py                                     the published configs, every workload, float32 and bfloat16
     python benchmark.py -c configs/waveflow-h16-r64.json -w queue engine --json speed.json
+    python benchmark.py -w train train_checkpointed --memory --batch 8
+    python benchmark.py -c CONFIG --fidelity                the sound of a trained model in half precision
 
 Workloads take turns, round by round, so that a busy machine disturbs all of them alike; medians are reported. FLOP
 counts are those of the network computed directly, with what the engine never needs left out (`flop_per_sample`), so
 an engine that computes the same with fewer may pass 100 % of the matrix peak, which is measured in the same rounds.
+Peak memory is that of one run, the model and its inputs included, in a process of its own.
 """
 
 import argparse
@@ -24,12 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import WaveFlowConfig, load_config
+from config import Config, WaveFlowConfig, load_config
+from fidelity import measure_fidelity
 from model import FlowVocoder, build_model
 from modules import SQRT_HALF, Flow, unsqueeze
+from peak_memory import peak_memory
 from runs import exit_status
 from synthesis import PRECISIONS, SynthesisEngine, slow_precision_warning
-from training_workloads import SEGMENT, baseline_step, loader_speed, training_step
+from training_workloads import SEGMENT, baseline_step, checkpointed_step, loader_speed, training_step
 
 CONFIGS = [f"configs/{name}.json" for name in ("waveflow-h16-r64", "waveflow-h16-r128", "nanoflow-h16-r128-emb512")]
 CLIP_SECONDS = 6.5  # the mean clip of LJSpeech
@@ -114,23 +119,25 @@ def flop_per_sample(config: WaveFlowConfig) -> float:
     return 2.0 * (config.n_flow * flow + estimators * n_layer * config.cin_channels * 2 * n_res)
 
 
-def make_workloads(config: WaveFlowConfig, names: Sequence[str], options: argparse.Namespace) -> list[Workload]:
-    """The workloads of one model, random weights: speed does not depend on what they are."""
+def make_workloads(
+    config: WaveFlowConfig, chosen: Sequence[tuple[str, str]], options: argparse.Namespace
+) -> list[Workload]:
+    """Those chosen by name and precision, on one model; random weights: speed does not depend on what they are."""
     torch.manual_seed(0)
     model = build_model(config).to(options.device)
     flop = flop_per_sample(config)
     workloads = []
-    for name in names:
-        for precision in _precisions(name, options):
-            run, samples, work = BUILDERS[name](model, options, precision)
-            workloads.append(Workload(name, run, samples, work * samples * flop, precision))
+    for name, precision in chosen:
+        run, samples, work = BUILDERS[name](model, options, precision)
+        workloads.append(Workload(name, run, samples, work * samples * flop, precision))
     return workloads
 
 
 def _precisions(workload: str, options: argparse.Namespace) -> list[str]:
     """Those asked for, where the workload has them: training knows one half precision for each kind of device."""
     half = "float16" if options.device.type == "cuda" else "bfloat16"
-    known = {"engine": options.precision, "train": ["float32", half]}.get(workload, ["float32"])
+    trained = ["float32", half]
+    known = {"engine": options.precision, "train": trained, "train_checkpointed": trained}.get(workload, ["float32"])
     return [precision for precision in options.precision if precision in known] or ["float32"]
 
 
@@ -175,13 +182,14 @@ BUILDERS = {
     "forward": _forward,
     "train_baseline": baseline_step,
     "train": training_step,
+    "train_checkpointed": checkpointed_step,
     "reverse": _reverse,
     "queue": _queue,
     "engine": _engine,
 }
 
 
-BASELINES = {"train": "train_baseline", "train_baseline": "train_baseline"}  # of the others: queue
+BASELINES = dict.fromkeys(["train_baseline", "train", "train_checkpointed"], "train_baseline")  # of the others: queue
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -209,9 +217,7 @@ def measure(workloads: list[Workload], repeats: int, device: torch.device) -> di
     precisions = sorted({workload.precision for workload in workloads})
     peaks = dict.fromkeys(precisions, 0.0)
     for workload in workloads:
-        with _PeakMemory(device) as memory:
-            workload.run()
-        workload.peak_memory = memory.bytes
+        workload.run()
     for _ in range(repeats):
         for precision in precisions:
             peaks[precision] = max(peaks[precision], matrix_peak(precision, device))
@@ -220,28 +226,11 @@ def measure(workloads: list[Workload], repeats: int, device: torch.device) -> di
     return peaks
 
 
-class _PeakMemory:
-    """Peak memory of a block in bytes: the device's allocations, or the resident set of the process on a CPU.
-
-    Where the system cannot reset the resident set's high-water mark, it is that of the whole process so far.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes = device, 0
-
-    def __enter__(self) -> "_PeakMemory":
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device)
-        elif Path("/proc/self/status").exists():
-            lines = Path("/proc/self/status").read_text().splitlines()
-            self.bytes = 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+def run_once(config: WaveFlowConfig, name: str, precision: str, options: argparse.Namespace) -> None:
+    """Make a workload and run it: what its peak memory is that of."""
+    _set_up(options)
+    [workload] = make_workloads(config, [(name, precision)], options)
+    workload.run()
 
 
 def _synchronize(device: torch.device) -> None:
@@ -312,8 +301,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--seconds", type=float, default=CLIP_SECONDS, help="length of the synthesized clip (reverse: 0.5 at most)")
     add("--batch", type=int, default=1, help="clips at a time")
     add("--compile", action="store_true", help="train: with torch.compile, as train_config.compile")
-    add("--checkpoint_activations", action="store_true", help="train: as train_config.checkpoint_activations")
+    add("--memory", action="store_true", help="measure peak memory, one run each, and no times")
     add("--loader", action="store_true", help="measure the training data loader on a made-up corpus, and nothing else")
+    add("--fidelity", action="store_true", help="log-mel distances of half-precision synthesis from a trained run")
     add("--repeats", type=int, default=5, help="rounds, after one to warm up")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -342,10 +332,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_status(lambda: _measure_all(options))
 
 
-def _measure_all(options: argparse.Namespace) -> None:
+def _set_up(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
+
+
+def _measure_all(options: argparse.Namespace) -> None:
+    _set_up(options)
     options.precision = _fast_precisions(options.precision, options.device)
     report = {
         "torch": torch.__version__,
@@ -357,19 +351,37 @@ def _measure_all(options: argparse.Namespace) -> None:
     print(f"{report['device']}, {report['threads']} thread(s), torch {report['torch']}, load {os.getloadavg()[0]:.1f}")
     for path in options.configs:
         config = load_config(path)
-        if options.loader:
-            print(f"{config.waveflow_config.model_name}: {loader_speed(config) / 1e6:.2f} M audio samples/s, 2 workers")
-            continue
-        workloads = make_workloads(config.waveflow_config, options.workloads, options)
-        peaks = measure(workloads, options.repeats, options.device)
-        found = {workload.name: workload for workload in workloads}
-        rate = config.data_config.sampling_rate
-        rows = [summarise(one, peaks, found.get(BASELINES.get(one.name, "queue")), rate) for one in workloads]
         name = config.waveflow_config.model_name
-        report["models"][name] = {"peaks": peaks, "load": os.getloadavg()[0], "rows": rows}
-        print_table(name, rows, peaks)
+        if options.loader:
+            print(f"{name}: {loader_speed(config) / 1e6:.2f} M audio samples/s, 2 workers")
+        elif options.fidelity:
+            report["models"][name] = {"fidelity": measure_fidelity(config, options.device)}
+        else:
+            report["models"][name] = _measure_model(config, options)
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _measure_model(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    name, rate = config.waveflow_config.model_name, config.data_config.sampling_rate
+    chosen = [(workload, precision) for workload in options.workloads for precision in _precisions(workload, options)]
+    memory = []
+    for workload, precision in chosen:
+        arguments = config.waveflow_config, workload, precision, options
+        memory.append(peak_memory(options.device, run_once, *arguments))
+        if options.memory:
+            print(f"{name}, {workload}, {precision}: peak memory {memory[-1] / 1e6:,.0f} MB", flush=True)
+    if options.memory:
+        pairs = zip(chosen, memory, strict=True)
+        return {"rows": [{"workload": w, "precision": p, "peak_memory_bytes": peak} for (w, p), peak in pairs]}
+    workloads = make_workloads(config.waveflow_config, chosen, options)
+    for one, peak in zip(workloads, memory, strict=True):
+        one.peak_memory = peak
+    peaks = measure(workloads, options.repeats, options.device)
+    found = {workload.name: workload for workload in workloads}
+    rows = [summarise(one, peaks, found.get(BASELINES.get(one.name, "queue")), rate) for one in workloads]
+    print_table(name, rows, peaks)
+    return {"peaks": peaks, "load": os.getloadavg()[0], "rows": rows}
 
 
 if __name__ == "__main__":

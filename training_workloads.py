@@ -82,7 +82,7 @@ def _crops(model: FlowVocoder, options: argparse.Namespace) -> tuple[Tensor, Ten
 def baseline_step(model: FlowVocoder, options: argparse.Namespace, _precision: str) -> tuple[Callable, int, float]:
     """A plain eager step in float32."""
     audio, mel = _crops(model, options)
-    loss_fn, optimizer = FlowLoss(), torch.optim.Adam(model.parameters(), lr=1e-5)
+    loss_fn, optimizer = FlowLoss(), _adam(model)
 
     def run() -> None:
         optimizer.zero_grad()
@@ -93,14 +93,16 @@ def baseline_step(model: FlowVocoder, options: argparse.Namespace, _precision: s
     return run, audio.numel(), 3.0
 
 
-def training_step(model: FlowVocoder, options: argparse.Namespace, precision: str) -> tuple[Callable, int, float]:
+def training_step(
+    model: FlowVocoder, options: argparse.Namespace, precision: str, checkpoint_activations: bool = False
+) -> tuple[Callable, int, float]:
     """The step of `trainer.py`: backward is two products for each one of the forward pass."""
     audio, mel = _crops(model, options)
-    loss_fn, optimizer = FlowLoss(), torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
+    loss_fn, optimizer = FlowLoss(), _adam(model, fused=True)
     stepper = make_precision(TrainConfig(fp16_run=precision != "float32"), model, optimizer)
 
     def run() -> None:
-        model.checkpoint_activations = options.checkpoint_activations
+        model.checkpoint_activations = checkpoint_activations
         for estimator in model.estimators:
             estimator.compiled = options.compile
         with stepper.autocast():
@@ -108,6 +110,21 @@ def training_step(model: FlowVocoder, options: argparse.Namespace, precision: st
         stepper.step(loss_fn(outputs))
 
     return run, audio.numel(), 3.0
+
+
+def checkpointed_step(model: FlowVocoder, options: argparse.Namespace, precision: str) -> tuple[Callable, int, float]:
+    """The same with `checkpoint_activations`; what is computed again is not counted as work."""
+    return training_step(model, options, precision, checkpoint_activations=True)
+
+
+def _adam(model: FlowVocoder, **options: bool) -> torch.optim.Adam:
+    """With its moments in memory, as in a run under way: a step along gradients of zero changes no weight."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, **options)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
 
 
 # --- the loader -------------------------------------------------------------------------------------------
