@@ -18,11 +18,12 @@ from torch import Tensor
 
 from estimator import LayerWeights
 from modules import SQRT_HALF, Affine, Flow, Spline
+from winograd import PROJECTION_MULTIPLE
 
 if TYPE_CHECKING:
     from model import FlowVocoder
 
-PROJECTION_MULTIPLE = 16  # columns of the projection are zero-padded to this: BLAS is slow on two columns
+BIAS_ROWS = 16  # below the weights of a residual update: the bias, and zeros, since BLAS likes whole vectors
 
 
 class FoldedLayer(NamedTuple):
@@ -32,7 +33,7 @@ class FoldedLayer(NamedTuple):
     gate: Tensor | None  # of the 3x3 convolution, as the engine arranged it; None for layer 0, see FoldedFlow.entry
     conditioning: Tensor  # [M + 1, 2R]; the last row is the sum of all biases
     skip: Tensor  # [R, P]
-    residual: tuple[Tensor, Tensor] | None  # [R, R] and [R]; None for the last layer, where nothing follows
+    residual: Tensor | None  # [R + BIAS_ROWS, R]; None for the last layer, where nothing follows
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _fold_flow(flow: Flow, dtype: torch.dtype, gate_of: Callable[[LayerWeights, 
                 gate=gate_of(weights, shrink) if index else None,
                 conditioning=_fold_conditioning(weights, flow.index).to(dtype),
                 skip=(project @ skip).t().contiguous().to(dtype),
-                residual=None if index == last else tuple(tensor.to(dtype) for tensor in residual),
+                residual=None if index == last else residual.to(dtype),
             )
         )
     front = torch.stack([estimator.front[0].flatten(), estimator.front[1]])  # [2, R]
@@ -117,8 +118,10 @@ def _fold_conditioning(weights: LayerWeights, flow: int) -> Tensor:
     return _scaled(torch.cat([weight.flatten(1).t(), bias.unsqueeze(0)]))
 
 
-def _fold_residual(weights: LayerWeights, shrink: float, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fold_residual(weights: LayerWeights, shrink: float, gate: Tensor | None) -> Tensor:
     # With H_l the published hidden state, the engine carries H_l / sqrt(1/2)^l, whose update is a plain sum.
     weight, bias = (tensor.chunk(2)[0] for tensor in (weights.res_skip.flatten(1), weights.res_skip_bias))
     factor = torch.full_like(bias, 1 / shrink) if gate is None else gate
-    return (weight * factor.unsqueeze(1)).t().contiguous(), bias * factor
+    return torch.cat(
+        [(weight * factor.unsqueeze(1)).t(), F.pad((bias * factor).unsqueeze(0), (0, 0, 0, BIAS_ROWS - 1))]
+    )

@@ -103,8 +103,8 @@ def _prepare_layer(layer: FoldedLayer, entry: Tensor, n_res: int, n_params: int)
     n_conditioning = -(-len(layer.conditioning) // CONDITIONING_BLOCK) * CONDITIONING_BLOCK
     residual = layer.residual
     if residual is not None:
-        weight, bias = residual
-        residual = (_pad(weight, n_res, n_res), F.pad(bias, (0, n_res - len(bias))))
+        n_own = residual.size(1)
+        residual = (_pad(residual[:n_own], n_res, n_res), F.pad(residual[n_own], (0, n_res - n_own)))
     return StepLayer(
         dilation=layer.dilation,
         gate=_pad_halves(entry, n_res) if layer.gate is None else layer.gate,

@@ -2,8 +2,8 @@
 
 A row of a layer needs the layer's input at rows r, r - dilation_h and r - 2 dilation_h only. Keeping those rows
 makes one pass over the rows enough: h steps per flow instead of h growing recomputations (the convolution queue of
-Paine et al., arXiv 1611.09482, used by WaveFlow, section 3.3). `folding.py` prepares the weights and `winograd.py`
-does the layer steps; this file decides which columns of which row are next.
+Paine et al., arXiv 1611.09482, used by WaveFlow, section 3.3). `folding.py` prepares the weights and
+`conv_queue.py` does the layer steps; this file decides which columns of which row are next.
 
 Long input. Row r of a flow needs its own row r - 1 at 2^L - 1 columns to either side (the sum of dilation_w), that
 row needs the one above, and so on: tiles cut straight down would need h times as many columns of overlap. So tiles
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from config import InputError, WaveFlowConfig
-from conv_queue import Scratch, Window, WinogradQueue, roll
+from conv_queue import ConvQueue, DirectQueue, Window, WinogradQueue, roll
 from folding import FoldedFlow, fold_flows
 from modules import Upsampler, squeeze
 from precision import fast_bfloat16
@@ -94,11 +94,17 @@ class SynthesisEngine:
 
     precision: "float32", "bfloat16", "float16" or "float64" for the products; by default the model's own. Noise,
     audio and the parameters of the transforms are never below float32. Where half precision would be slower than
-    float32 it is float32 (`slow_precision_warning`), unless `even_if_slow`. Later changes to the model are not seen.
+    float32 it is float32 (`slow_precision_warning`), unless `even_if_slow`. queue: that of the layer steps on a CPU,
+    by default the one for the precision. Later changes to the model are not seen.
     """
 
     def __init__(
-        self, model: "FlowVocoder", precision: str | None = None, tile: int = TILE, even_if_slow: bool = False
+        self,
+        model: "FlowVocoder",
+        precision: str | None = None,
+        tile: int = TILE,
+        even_if_slow: bool = False,
+        queue: type[ConvQueue] | None = None,
     ) -> None:
         if precision is not None and precision not in PRECISIONS:
             raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
@@ -115,7 +121,9 @@ class SynthesisEngine:
 
             self.graphs = GraphEngine(model, self.upsampler, self.dtype)
         else:
-            self.graphs, self.flows = None, fold_flows(model, self.dtype, WinogradQueue.arrange)
+            half = self.dtype in (torch.bfloat16, torch.float16)
+            self.graphs, self.queue = None, queue or (DirectQueue if half else WinogradQueue)
+            self.flows = fold_flows(model, self.dtype, self.queue.arrange)
 
     def __call__(self, mel: Tensor, z: Tensor) -> Tensor:
         """mel [B, M, F], noise z [B, 1, h, W] -> audio [B, h*W]."""
@@ -174,9 +182,7 @@ class _Run:
         silent = [range(*pair) for pair in zip(edges[::2], edges[1::2], strict=True) if pair[0] < pair[1]]
 
         offset, front, bands = self.flows[0].offset, self.flows[0].front, clips[0].mel.size(0)
-        self.queue = WinogradQueue(self.flows[0], self.width, self.unit // 2, silent)
-        self.scratch = Scratch(self.flows[0], self.tile)
-        self.params = offset.new_empty(self.width, len(offset))
+        self.queue = engine.queue(self.flows[0], self.width, self.tile, self.unit // 2, silent)
         self.conditioning = front.new_zeros(self.height, self.width, bands + 1)
         self.noise = offset.new_zeros(self.height, self.columns)
         self.mask = offset.new_zeros(self.columns)
@@ -209,18 +215,16 @@ class _Run:
                 continue
             at = Window(columns.start - self.base, columns.stop - self.base)
             conditioning = self.conditioning[flow.order[row], at.start : at.stop]
-            params = self.params[at.start : at.stop]
             if index == 0:
-                params.copy_(flow.offset.expand_as(params))
                 near = planes[:, row : row + 3, columns.start : columns.stop + 2].unfold(2, len(columns), 1)
-                self.queue.enter(flow, near, conditioning, at, params, self.scratch)
+                self.queue.enter(flow, row, near, conditioning, at)
             else:
-                self.queue.step(flow, index, row, conditioning, at, params, self.scratch)
+                self.queue.step(flow, index, row, conditioning, at)
         if columns:  # of the last layer: all layers are through here
-            params = params[:, : flow.n_params].t()[None, :, None]  # [1, P, 1, n]
+            params = self.queue.params[at.start : at.stop, : flow.n_params].t()[None, :, None]  # [1, P, 1, n]
             x = flow.transform.inverse(z[row, columns.start : columns.stop].view(1, 1, 1, -1), params).view(-1)
             inside = slice(columns.start + 1, columns.stop + 1)
-            torch.mul(x, planes[1, -1, inside], out=planes[0, row + 3, inside])
+            planes[0, row + 3, inside] = torch.where(planes[1, -1, inside] > 0, x, 0)  # NaN stays in its clip
 
     def _window(self, end: int, row: int, layer: int) -> range:
         """The columns of a layer's row that belong to the tile ending at `end`: see the top of this file."""
@@ -239,7 +243,6 @@ class _Run:
         if end > self.base + self.width:
             forward = max(end - self.tile - self.lean, 0) - self.base
             self.queue.roll(forward)
-            roll(self.params, forward, dim=0)
             roll(self.conditioning, forward, dim=1)
             self.base += forward
         while self.filled < end:

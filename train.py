@@ -208,9 +208,6 @@ def _synthesize_batch(engine: SynthesisEngine, batch: Sequence[Clip], device: to
     inputs = [(clip.mel.to(device), clip.z.to(device)) for clip in batch]
     sounds = [audio.cpu() for audio in engine.synthesize_many(inputs)]
     seconds = time.perf_counter() - began
-    if len(batch) > 1 and not all(_is_finite(audio) for audio in sounds):
-        # What is not finite may have spread to the clips beside it: NaN times zero is NaN.
-        return [sound for clip in batch for sound in _synthesize_batch(engine, [clip], device)]
     per_sample = seconds / sum(map(len, sounds))
     return [Sound(clip, audio, per_sample * len(audio), len(batch)) for clip, audio in zip(batch, sounds, strict=True)]
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from config import InputError, load_config
+from conv_queue import DirectQueue, WinogradQueue
 from synthesis import SynthesisEngine, receptive_field, slow_precision_warning
 from vocoders import random_input, random_vocoder
 
+QUEUES = pytest.mark.parametrize("queue", [WinogradQueue, DirectQueue])
 ROOT = Path(__file__).parent.parent
 COUPLINGS = ["waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
 SHAPES = {  # height, rows of dilation_h per cycle, layers, flows
@@ -49,22 +51,36 @@ def assert_same(actual, expected, tolerance=1e-4):
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_engine_matches_plain_inverse(coupling, shape, transform):
     model, mel, z = case(coupling, transform=transform, **SHAPES[shape])
-    assert_same(SynthesisEngine(model)(mel, z), model.reverse(mel, z=z))
+    expected = model.reverse(mel, z=z)
+    for queue in (WinogradQueue, DirectQueue):
+        assert_same(SynthesisEngine(model, queue=queue)(mel, z), expected)
 
 
+@QUEUES
 @pytest.mark.parametrize("shape", SHAPES)
-def test_leaning_tiles_change_nothing(shape):
+def test_leaning_tiles_change_nothing(shape, queue):
     model, mel, z = case(frames=4, batch=1, **SHAPES[shape])
     whole = SynthesisEngine(model)(mel, z)
     unit = 2**model.config.n_layer
     for tile in (unit, 3 * unit):
-        assert_same(SynthesisEngine(model, tile=tile)(mel, z), whole, 1e-5)
+        assert_same(SynthesisEngine(model, tile=tile, queue=queue)(mel, z), whole, 1e-5)
 
 
-def test_buffers_roll_on_through_a_long_input():
+@QUEUES
+def test_buffers_roll_on_through_a_long_input(queue):
     model, mel, z = case("waveflow", frames=20, batch=1, n_height=4, n_flow=2)
     assert z.size(3) > 20 * 16 + (4 + 1) * 8  # far more than the buffers hold
-    assert_same(SynthesisEngine(model, tile=16)(mel, z), model.reverse(mel, z=z))
+    assert_same(SynthesisEngine(model, tile=16, queue=queue)(mel, z), model.reverse(mel, z=z))
+
+
+@QUEUES
+def test_a_clip_that_is_not_finite_spoils_no_other(queue):
+    model, mel, z = case(batch=3)
+    expected = SynthesisEngine(model, queue=queue)(mel, z)
+    mel[1] = float("nan")
+    audio = SynthesisEngine(model, queue=queue)(mel, z)
+    assert not torch.isfinite(audio[1]).any()
+    assert torch.equal(audio[::2], expected[::2])
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -109,10 +125,11 @@ def test_no_warning_in_full_precision_or_elsewhere(monkeypatch):
     assert slow_precision_warning("bfloat16", torch.device("cuda")) is None
 
 
+@QUEUES
 @pytest.mark.parametrize("tile", [2048, 16])
-def test_clips_of_a_batch_sound_as_they_do_alone(tile):
+def test_clips_of_a_batch_sound_as_they_do_alone(tile, queue):
     model, _, _ = case()
-    engine = SynthesisEngine(model, tile=tile)
+    engine = SynthesisEngine(model, tile=tile, queue=queue)
     clips = []
     for frames in (5, 2, 4, 1):
         _, mel = random_input(model, frames=frames + 1, batch=1, seed=frames)
