@@ -161,6 +161,7 @@ class WinogradQueue(ConvQueue):
         super().__init__(flow, width, tile, margin, silent)
         like, later = flow.front, flow.layers[1:]
         self._sums = torch.empty_like(self._both)
+        self._paired = like.new_empty(tile, len(flow.layers[0].conditioning))
         self._inputs = [like.new_zeros(width + 2 * margin, self.n_res) for _ in later]
         self._rows = [like.new_empty(4, width // 2, layer.dilation[0], 3 * self.n_res) for layer in later]
 
@@ -215,7 +216,8 @@ class WinogradQueue(ConvQueue):
         torch.sub(sums[0], sums[1], out=blocks[1])
         for plane in range(2):
             blocks[plane].addmm_(parts.rows[2 + plane], weights[2 + plane])
-        paired = conditioning.unflatten(0, (-1, 2, d)).transpose(0, 1).reshape(n, -1)
+        paired = self._paired[:n]
+        paired.unflatten(0, (2, -1, d)).copy_(conditioning.unflatten(0, (-1, 2, d)).transpose(0, 1))
         both.addmm_(paired, layer.conditioning).sigmoid_()
         filters, gates = both.view(2, -1, d, 2 * self.n_res).chunk(2, dim=3)
         torch.addcmul(gates, filters, gates, value=-2, out=parts.gated)

@@ -62,7 +62,7 @@ class Estimator(nn.Module):
 
     def __init__(self, config: WaveFlowConfig) -> None:
         super().__init__()
-        self.compiled = False  # torch.compile training steps
+        self.compiled = False  # torch.compile training steps, where Winograd's products are not faster still
         self.front_conv = WeightNorm(config.res_channels, 1, 1, 1)
         size_flow_embed = config.size_flow_embed if config.coupling_type == "nanoflow" else 0
         self.layers = nn.ModuleList(
@@ -91,7 +91,7 @@ class Estimator(nn.Module):
             weights = [layer.to(dtype) for layer in weights]
             front = (front[0].to(dtype), front[1].to(dtype))
         dilations = [layer.dilation for layer in self.layers]
-        if scratch is not None and not self.compiled and _suits_winograd(conditioning, len(self.layers)):
+        if scratch is not None and _suits_winograd(conditioning, len(self.layers)):
             return WinogradEstimator(front, weights, dilations, conditioning, flow_embedding is not None, scratch)
         run = _compiled_estimate() if self.compiled and torch.is_grad_enabled() else _estimate
         return BoundEstimator(front, weights, dilations, conditioning, shared, run)

@@ -16,8 +16,8 @@ def peak_memory(device: torch.device, work: Callable[..., Any], *arguments: Any)
     """Bytes that work(*arguments) takes at most; a function of a module and arguments that pickle.
 
     On CUDA: the most that PyTorch had allocated. On a CPU: how far the resident set rose above what the new process
-    held before the call, which is Python with its libraries; 0 where the system does not tell. Raises InputError
-    where the process does not live to tell, most likely for want of memory.
+    held before the call, which is Python with its libraries; what these load when they are first used is counted, some
+    80 MB in all. 0 where the system does not tell. Raises InputError where the process does not live to tell.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
