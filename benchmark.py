@@ -29,8 +29,8 @@ from torch import Tensor
 
 from config import Config, WaveFlowConfig, load_config
 from fidelity import measure_fidelity
-from model import FlowVocoder, build_model
-from modules import SQRT_HALF, Flow, unsqueeze
+from model import Flow, FlowVocoder, build_model
+from modules import SQRT_HALF, unsqueeze
 from peak_memory import peak_memory
 from runs import exit_status
 from synthesis import PRECISIONS, SynthesisEngine, slow_precision_warning

@@ -6,10 +6,10 @@ the weights are stored so that each rotation of the ring is a slice of them. The
 `WinogradQueue`, for full precision, keeps the planes that `winograd.py` explains: a row is transformed once, when it
 enters, and read by the three rows that need it, and four products serve two columns where the plain sum needs six.
 `DirectQueue`, for half precision, keeps the rows as they are: where a CPU multiplies half precision, products are so
-fast that the transforms would cost more than they save, and sums of rounded numbers would be rounded again.
+fast that the transforms would cost more than they save.
 
-What a step reads and writes are always the same few parts of the buffers for a layer, a place in the ring and a window
-of columns. They are looked up, not sliced anew: for few channels slicing takes as long as some of the products.
+The parts of the ring that a step reads and writes are always the same for a layer, a place in the ring and a window of
+columns. They are looked up, not sliced anew: for few channels slicing takes as long as some of the products.
 """
 
 from abc import ABC, abstractmethod
@@ -77,15 +77,13 @@ class ConvQueue(ABC):
         """Layer 0 of a row, from near [2, 3, 3, n]: x and the mask at each tap. The rest is as in `step`."""
         near = near.reshape(18, -1).to(flow.entry.dtype)
         layer, both = flow.layers[0], self._gate_inputs(near.size(1))
+        if layer.residual is not None:
+            torch.mm(near[7::9].t(), flow.front, out=self._input(1, self._place(1, row), at))
         torch.mm(near.t(), flow.entry, out=both)
         filters, gates = both.addmm_(conditioning, layer.conditioning).sigmoid_().chunk(2, dim=1)
         torch.addcmul(gates, filters, gates, value=-2, out=self._gated[: len(both), : self.n_res])
         self.params[at.start : at.stop] = flow.offset
-        hidden = None
-        if layer.residual is not None:
-            hidden = self._input(1, self._place(1, row), at)
-            torch.mm(near[7::9].t(), flow.front, out=hidden)
-        self._update(layer, 0, row, hidden, at)
+        self._update(layer, 0, row, at)
 
     def step(self, flow: FoldedFlow, index: int, row: int, conditioning: Tensor, at: Window) -> None:
         """Layer `index` >= 1 of a row, conditioning [n, M+1]: adds to `params` and makes the next layer's input."""
@@ -94,7 +92,7 @@ class ConvQueue(ABC):
         if key not in self._parts:
             self._parts[key] = self._find(index, place, at)
         self._gate(layer, self._parts[key], conditioning)
-        self._update(layer, index, row, self._input(index, place, at), at)
+        self._update(layer, index, row, at)
 
     @abstractmethod
     def _find(self, index: int, place: Place, at: Window) -> NamedTuple:
@@ -119,7 +117,7 @@ class ConvQueue(ABC):
     def _columns(self, at: Window, beyond: int = 0) -> slice:
         return slice(at.start + self.margin - beyond, at.stop + self.margin + beyond)
 
-    def _update(self, layer: FoldedLayer, index: int, row: int, hidden: Tensor | None, at: Window) -> None:
+    def _update(self, layer: FoldedLayer, index: int, row: int, at: Window) -> None:
         gated, params = self._gated[: at.stop - at.start], self.params[at.start : at.stop]
         if gated.dtype == params.dtype:
             params.addmm_(gated[:, : self.n_res], layer.skip)
@@ -131,6 +129,7 @@ class ConvQueue(ABC):
         if index == 0:  # its input, which layer 1 adds to, is in place already
             after.addmm_(gated, layer.residual)
         else:
+            hidden = self._input(index, self._place(index, row), at)
             torch.addmm(hidden, gated, layer.residual, out=after)
         for silent in self.silent:
             start, stop = (

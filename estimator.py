@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import WaveFlowConfig
+from folding import fold_front, fold_projection, fold_residual, fold_skip, shrinkage
 from modules import SQRT_HALF, Affine, Spline, WeightNorm, permute_rows
-from winograd import Scratch, WinogradEstimator, padding
+from winograd import GatedLayer, Geometry, Layer, Workspace, padding, product_weights
 
 
 class LayerWeights(NamedTuple):
@@ -75,12 +76,12 @@ class Estimator(nn.Module):
         conditioning: Tensor,
         flow_embedding: Tensor | None = None,
         shared: bool = False,
-        scratch: Scratch | None = None,
+        workspace: Workspace | None = None,
     ) -> "BoundEstimator | WinogradEstimator":
         """The estimator for one pass: what all flows that use it share is computed once.
 
-        conditioning [B, M, h, W] in the row order of the audio; flow_embedding [n_flow, E] or None. With
-        scratch, a faster way than convolutions is taken where there is one; without, it is the reference for that.
+        conditioning [B, M, h, W] in the row order of the audio; flow_embedding [n_flow, E] or None. Given
+        the pass's workspace, a faster way than convolutions is taken where there is one; they are the reference.
         """
         kind = conditioning.device.type
         with torch.autocast(kind, enabled=False):
@@ -91,8 +92,8 @@ class Estimator(nn.Module):
             weights = [layer.to(dtype) for layer in weights]
             front = (front[0].to(dtype), front[1].to(dtype))
         dilations = [layer.dilation for layer in self.layers]
-        if scratch is not None and _suits_winograd(conditioning, len(self.layers)):
-            return WinogradEstimator(front, weights, dilations, conditioning, flow_embedding is not None, scratch)
+        if workspace is not None and _suits_winograd(conditioning, len(self.layers)):
+            return WinogradEstimator(front, weights, dilations, conditioning, flow_embedding is not None, workspace)
         run = _compiled_estimate() if self.compiled and torch.is_grad_enabled() else _estimate
         return BoundEstimator(front, weights, dilations, conditioning, shared, run)
 
@@ -193,3 +194,75 @@ def _residual_and_skip(gated: Tensor, weights: LayerWeights, is_last: bool) -> t
 
 def _update(hidden: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
     return (hidden + residual) * SQRT_HALF if gate is None else hidden + residual * gate.view(-1, 1, 1)
+
+
+# --- the same by fewer products ------------------------------------------------------------------------------------
+
+
+class WinogradEstimator:
+    """An estimator for one pass by the layers of `winograd.py`, equal to `BoundEstimator`.
+
+    conditioning [B, M, h, W] in the row order of the audio.
+    """
+
+    keeps = True  # what `prepare` gives
+
+    def __init__(
+        self,
+        front: tuple[Tensor, Tensor],
+        weights: list[LayerWeights],
+        dilations: list[tuple[int, int]],
+        conditioning: Tensor,
+        has_gates: bool,
+        workspace: Workspace,
+    ) -> None:
+        self.weights, self.dilations, self.conditioning, self.workspace = weights, dilations, conditioning, workspace
+        self.shrinks = shrinkage(len(weights), has_gates)
+        taps = [layer.gate.permute(2, 3, 1, 0) * shrink for layer, shrink in zip(weights, self.shrinks, strict=True)]
+        self.front, self.entry = fold_front(front, taps[0])
+        self.products = [None, *(product_weights(tap) for tap in taps[1:])]
+
+    def prepare(self, order: tuple[int, ...]) -> Tensor:
+        """The conditioning for a flow with this row order, as `Workspace.rows`."""
+        return self.workspace.rows(self.conditioning, order, len(self.weights))
+
+    def params(
+        self, x: Tensor, prepared: Tensor, flow: int, gates: Tensor | None, transform: Affine | Spline
+    ) -> Tensor:
+        """Parameters [B, P, h, W] of the flow's transform, as `BoundEstimator.params`."""
+        project, offset = fold_projection(transform)
+        width = x.size(3)
+        hidden, params = None, x.new_zeros(*prepared.shape[:3], len(project))
+        for index, weights in enumerate(self.weights):
+            skip, skip_offset = fold_skip(project, weights)
+            offset = offset + skip_offset
+            layer = self._layer(index, flow, None if gates is None else gates[index], skip)
+            if index == 0:
+                hidden, params = self._enter(x, prepared, params, layer)
+            else:
+                geometry = Geometry(self.dilations[index], width, self.workspace)
+                hidden, params = GatedLayer.apply(geometry, hidden, params, prepared, *layer)
+        return (params + offset)[:, :, :width, : transform.n_params].permute(0, 3, 1, 2)
+
+    def _layer(self, index: int, flow: int, gate: Tensor | None, skip: Tensor) -> Layer:
+        weights, residual = self.weights[index], (None, None)
+        if index < len(self.weights) - 1:
+            residual = fold_residual(weights, self.shrinks[index], gate)
+        conditioning, bias = weights.conditioning
+        bias = bias + weights.gate_bias[flow % len(weights.gate_bias)]
+        return Layer(self.products[index], conditioning.flatten(1).t(), bias, *residual, skip)
+
+    def _enter(self, x: Tensor, conditioning: Tensor, params: Tensor, layer: Layer) -> tuple[Tensor | None, Tensor]:
+        """Layer 0, whose input of one channel is cheap to multiply as it is."""
+        n_padding = conditioning.size(2) - x.size(3)
+        near = torch.stack([x, torch.ones_like(x)], dim=4).squeeze(1)  # [B, h, W, 2], the mask beside x
+        near = F.pad(near, (0, 0, 1, 1 + n_padding, 2, 0)).unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)  # [B, h, W', 18]
+        both = torch.addmm(layer.bias, near.flatten(0, 2), self.entry)
+        filters, gates = torch.addmm(both, conditioning.flatten(0, 2), layer.conditioning).chunk(2, dim=1)
+        gated = torch.tanh(filters) * torch.sigmoid(gates)
+        params = torch.addmm(params.flatten(0, 2), gated, layer.skip).view_as(params)
+        if layer.residual is None:
+            return None, params
+        update = torch.addmm(layer.residual_bias, gated, layer.residual)
+        hidden = near[..., 7::9] @ self.front + update.view(*near.shape[:3], -1)
+        return F.pad(hidden[:, :, : x.size(3)], (0, 0, 0, n_padding)), params

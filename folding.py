@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from estimator import LayerWeights
-from modules import SQRT_HALF, Affine, Flow, Spline
-from winograd import PROJECTION_MULTIPLE
+from modules import SQRT_HALF, Affine, Spline
 
 if TYPE_CHECKING:
-    from model import FlowVocoder
+    from estimator import LayerWeights
+    from model import Flow, FlowVocoder
 
+PROJECTION_MULTIPLE = 16  # columns of the projection are zero-padded to this: BLAS is slow on two columns
 BIAS_ROWS = 16  # below the weights of a residual update: the bias, and zeros, since BLAS likes whole vectors
 
 
@@ -50,6 +50,45 @@ class FoldedFlow:
     offset: Tensor  # [P], what the projection gives when every gate is shut; not in half precision
 
 
+# --- algebra that training shares (winograd.py), with gradients ---------------------------------------------------
+
+
+def shrinkage(n_layer: int, has_gates: bool) -> list[float]:
+    """By what H_l is divided, the hidden state of each layer: without gates by sqrt(1/2)^l, so that its update is a
+    plain sum."""
+    return [1.0 if has_gates else SQRT_HALF**layer for layer in range(n_layer)]
+
+
+def fold_front(front: tuple[Tensor, Tensor], taps: Tensor) -> tuple[Tensor, Tensor]:
+    """The 1x1 convolution in front as [2, R]: of x, and of the mask of columns that belong to a clip; and layer 0,
+    whose taps are [3, 3, R, 2R], applied straight to nine taps of x and nine of the mask: [18, 2R]."""
+    both = torch.stack([front[0].flatten(), front[1]])
+    return both, torch.einsum("pr,hwro->phwo", both, taps).flatten(0, 2)
+
+
+def fold_projection(transform: Affine | Spline) -> tuple[Tensor, Tensor]:
+    """Weight [P, R] and bias [P] of the projection, P padded."""
+    project, offset = transform.fold()
+    n_padding = -len(offset) % PROJECTION_MULTIPLE
+    return F.pad(project.flatten(1), (0, 0, 0, n_padding)), F.pad(offset, (0, n_padding))
+
+
+def fold_skip(project: Tensor, weights: "LayerWeights") -> tuple[Tensor, Tensor]:
+    """A layer's skip branch and the projection in one: [R, P], and what it adds to the bias [P]."""
+    skip, bias = (tensor.chunk(2)[1] for tensor in (weights.res_skip.flatten(1), weights.res_skip_bias))
+    return (project @ skip).t(), project @ bias
+
+
+def fold_residual(weights: "LayerWeights", shrink: float, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight [R, R] and bias [R] of a residual update, times the flow's gate [R] or for the shrunk hidden state."""
+    weight, bias = (tensor.chunk(2)[0] for tensor in (weights.res_skip.flatten(1), weights.res_skip_bias))
+    factor = torch.full_like(bias, 1 / shrink) if gate is None else gate
+    return (weight * factor.unsqueeze(1)).t(), bias * factor
+
+
+# --- synthesis ----------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def fold_flows(model: "FlowVocoder", dtype: torch.dtype, arrange: Callable[[Tensor], Tensor]) -> list[FoldedFlow]:
     """The flows of a model in likelihood order, sharing nothing with it.
@@ -59,7 +98,7 @@ def fold_flows(model: "FlowVocoder", dtype: torch.dtype, arrange: Callable[[Tens
     flows = list(model.flows(next(model.parameters()).new_empty(0)))  # no conditioning: only weights are read
     arranged = {}
 
-    def gate_of(weights: LayerWeights, shrink: float) -> Tensor:
+    def gate_of(weights: "LayerWeights", shrink: float) -> Tensor:
         if id(weights) not in arranged:  # a shared estimator is arranged once
             arranged[id(weights)] = arrange(_gate_taps(weights, shrink)).to(dtype)
         return arranged[id(weights)]
@@ -67,34 +106,34 @@ def fold_flows(model: "FlowVocoder", dtype: torch.dtype, arrange: Callable[[Tens
     return [_fold_flow(flow, dtype, gate_of) for flow in flows]
 
 
-def _fold_flow(flow: Flow, dtype: torch.dtype, gate_of: Callable[[LayerWeights, float], Tensor]) -> FoldedFlow:
+def _fold_flow(flow: "Flow", dtype: torch.dtype, gate_of: Callable[["LayerWeights", float], Tensor]) -> FoldedFlow:
     estimator = flow.estimator
-    project, offset = flow.transform.fold()
-    project = F.pad(project.flatten(1), (0, 0, 0, -len(project) % PROJECTION_MULTIPLE))  # [P, R]
-    n_params, offset = len(offset), F.pad(offset, (0, len(project) - len(offset)))
-    last = len(estimator.weights) - 1
+    project, offset = fold_projection(flow.transform)
+    shrinks = shrinkage(len(estimator.weights), flow.gates is not None)
     layers = []
     for index, (weights, dilation) in enumerate(zip(estimator.weights, estimator.dilations, strict=True)):
-        skip, skip_bias = (tensor.chunk(2)[1] for tensor in (weights.res_skip.flatten(1), weights.res_skip_bias))
-        offset = offset + project @ skip_bias
-        shrink = SQRT_HALF**index if flow.gates is None else 1.0
-        residual = _fold_residual(weights, shrink, None if flow.gates is None else flow.gates[index])
+        skip, skip_offset = fold_skip(project, weights)
+        offset = offset + skip_offset
+        residual = None
+        if index < len(estimator.weights) - 1:
+            gate = None if flow.gates is None else flow.gates[index]
+            weight, bias = fold_residual(weights, shrinks[index], gate)
+            residual = torch.cat([weight, F.pad(bias.unsqueeze(0), (0, 0, 0, BIAS_ROWS - 1))]).to(dtype)
         layers.append(
             FoldedLayer(
                 dilation=dilation,
-                gate=gate_of(weights, shrink) if index else None,
+                gate=gate_of(weights, shrinks[index]) if index else None,
                 conditioning=_fold_conditioning(weights, flow.index).to(dtype),
-                skip=(project @ skip).t().contiguous().to(dtype),
-                residual=None if index == last else residual.to(dtype),
+                skip=skip.contiguous().to(dtype),
+                residual=residual,
             )
         )
-    front = torch.stack([estimator.front[0].flatten(), estimator.front[1]])  # [2, R]
-    entry = torch.einsum("pr,hwro->phwo", front, _gate_taps(estimator.weights[0], 1.0)).flatten(0, 2)
+    front, entry = fold_front(estimator.front, _gate_taps(estimator.weights[0], 1.0))
     return FoldedFlow(
         permutation=torch.tensor(flow.permutation, device=project.device),
         order=flow.order,
         transform=copy.deepcopy(flow.transform),
-        n_params=n_params,
+        n_params=flow.transform.n_params,
         front=front.to(dtype),
         entry=entry.to(dtype),
         layers=layers,
@@ -102,7 +141,7 @@ def _fold_flow(flow: Flow, dtype: torch.dtype, gate_of: Callable[[LayerWeights, 
     )
 
 
-def _gate_taps(weights: LayerWeights, shrink: float) -> Tensor:
+def _gate_taps(weights: "LayerWeights", shrink: float) -> Tensor:
     return _scaled(weights.gate.permute(2, 3, 1, 0) * shrink)  # [3, 3, R, 2R]
 
 
@@ -112,16 +151,7 @@ def _scaled(gate: Tensor) -> Tensor:
     return torch.cat([-2 * filters, gates], dim=-1)
 
 
-def _fold_conditioning(weights: LayerWeights, flow: int) -> Tensor:
+def _fold_conditioning(weights: "LayerWeights", flow: int) -> Tensor:
     weight, bias = weights.conditioning
     bias = bias + weights.gate_bias[flow % len(weights.gate_bias)]
     return _scaled(torch.cat([weight.flatten(1).t(), bias.unsqueeze(0)]))
-
-
-def _fold_residual(weights: LayerWeights, shrink: float, gate: Tensor | None) -> Tensor:
-    # With H_l the published hidden state, the engine carries H_l / sqrt(1/2)^l, whose update is a plain sum.
-    weight, bias = (tensor.chunk(2)[0] for tensor in (weights.res_skip.flatten(1), weights.res_skip_bias))
-    factor = torch.full_like(bias, 1 / shrink) if gate is None else gate
-    return torch.cat(
-        [(weight * factor.unsqueeze(1)).t(), F.pad((bias * factor).unsqueeze(0), (0, 0, 0, BIAS_ROWS - 1))]
-    )

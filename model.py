@@ -11,26 +11,29 @@ one estimator to all of them, and tells it which flow it is working for:
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config import InputError, WaveFlowConfig, section_from_dict
-from estimator import Estimator
+from estimator import BoundEstimator, Estimator, WinogradEstimator
 from modules import (
     Affine,
-    Flow,
     FlowEmbedding,
     Spline,
     Upsampler,
     WeightNorm,
+    permute_rows,
     row_permutation,
+    shift_down,
     squeeze,
     unsqueeze,
 )
 from synthesis import SynthesisEngine
-from winograd import Scratch
+from winograd import Workspace
 
 
 class Sharing(NamedTuple):
@@ -48,6 +51,46 @@ SHARING = {
     "nanoflow": Sharing(estimator=True, projection=False, embedding=True),
 }
 TRANSFORMS = {"affine": Affine, "spline": Spline}
+
+
+@dataclass
+class Flow:
+    """One invertible step of the vocoder: permute rows, shift down, estimate, transform every row.
+
+    Made anew for each pass by `FlowVocoder.flows`, which knows what is shared; `order` is the row order that the
+    conditioning has when this flow sees it.
+    """
+
+    index: int
+    permutation: tuple[int, ...]
+    order: tuple[int, ...]
+    estimator: BoundEstimator | WinogradEstimator
+    transform: Affine | Spline
+    gates: Tensor | None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to noise: x [B, 1, h, W] -> z [B, 1, h, W], log|det| [B]."""
+        x = permute_rows(x, self.permutation)
+        params = self._params(shift_down(x), self.estimator.prepare(self.order))
+        z, log_det = self.transform(x, params)
+        return z, log_det.flatten(1).sum(1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Noise to data, one row after the other, recomputing the rows above each time."""
+        x, prepared = torch.zeros_like(z), self.estimator.prepare(self.order)
+        for row in range(z.size(2)):
+            params = self._params(shift_down(x[:, :, : row + 1]), prepared)
+            x[:, :, row : row + 1] = self.transform.inverse(z[:, :, row : row + 1], params[:, :, row:])
+        return permute_rows(x, self.permutation)  # its own inverse
+
+    def forward_recomputed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`, keeping its input only and computing the rest again in the backward pass."""
+        if self.estimator.keeps:
+            self.estimator.prepare(self.order)  # made here, outside what is recomputed
+        return checkpoint(self.forward, x, use_reentrant=False)
+
+    def _params(self, shifted: Tensor, prepared: Tensor | list[Tensor]) -> Tensor:
+        return self.estimator.params(shifted, prepared, self.index, self.gates, self.transform)
 
 
 class FlowVocoder(nn.Module):
@@ -82,7 +125,7 @@ class FlowVocoder(nn.Module):
         x = squeeze(audio.unsqueeze(1), self.config.n_height)  # [B, 1, h, W]
         log_det = x.new_zeros(len(x))
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
-        for flow in self.flows(self.condition(mel, audio.size(1)), scratch=Scratch()):
+        for flow in self.flows(self.condition(mel, audio.size(1)), workspace=Workspace()):
             x, flow_log_det = (flow.forward_recomputed if recompute else flow.forward)(x)
             log_det = log_det + flow_log_det
         return x, log_det
@@ -103,18 +146,20 @@ class FlowVocoder(nn.Module):
         """The same audio as `reverse`, through the convolution queue of `synthesis.py`; the model stays as it is."""
         return SynthesisEngine(self)(mel, self._noise(mel, temp, z))
 
-    def flows(self, conditioning: Tensor, backwards: bool = False, scratch: Scratch | None = None) -> Iterator[Flow]:
-        """The flows in turn, sharing what the variant shares; conditioning [B, M, h, W]; scratch as in `bind`."""
+    def flows(
+        self, conditioning: Tensor, backwards: bool = False, workspace: Workspace | None = None
+    ) -> Iterator[Flow]:
+        """The flows in turn, sharing what the variant shares; conditioning [B, M, h, W]; workspace as in `bind`."""
         table = None if self.flow_embedding is None else self.flow_embedding.table()
         shared = len(self.estimators) == 1
-        one_for_all = self.estimators[0].bind(conditioning, table, shared, scratch) if shared else None
+        one_for_all = self.estimators[0].bind(conditioning, table, shared, workspace) if shared else None
         steps = list(enumerate(row_orders(self.config)))
         for index, (permutation, order) in reversed(steps) if backwards else steps:
             yield Flow(
                 index=index,
                 permutation=permutation,
                 order=order,
-                estimator=one_for_all or self.estimators[index].bind(conditioning, scratch=scratch),
+                estimator=one_for_all or self.estimators[index].bind(conditioning, workspace=workspace),
                 transform=self.transforms[index % len(self.transforms)],
                 gates=None if self.gates is None else self.gates[index],
             )

@@ -1,4 +1,4 @@
-"""What the flow vocoder is made of beside the estimator: row operations, transforms, a flow, the upsampler, the loss.
+"""What the flow vocoder is made of beside the estimator: row operations, transforms, the upsampler, the loss.
 
 Shapes: B batch, T audio samples, F mel frames, M mel bands, h squeeze height, W = T/h columns,
 R residual channels, L layers, E embedding size. Every transform follows one contract: forward maps
@@ -6,21 +6,14 @@ data to noise and also gives log|det|, inverse maps noise to data.
 """
 
 import math
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from config import InputError, WaveFlowConfig
 from spline import rational_quadratic_spline
-
-if TYPE_CHECKING:
-    from estimator import BoundEstimator
-    from winograd import WinogradEstimator
 
 SQRT_HALF = math.sqrt(0.5)
 LEAKY_SLOPE = 0.4  # of the upsampler
@@ -141,6 +134,8 @@ class FlowEmbedding(nn.Module):
 class Affine(nn.Module):
     """z = x exp(log_s) + t, with log_s and t from a 1x1 convolution times exp(3 scale) (WaveFlow, eq. 6)."""
 
+    n_params = 2
+
     def __init__(self, config: WaveFlowConfig) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(1, 2, 1, 1))
@@ -174,7 +169,8 @@ class Spline(nn.Module):
     def __init__(self, config: WaveFlowConfig) -> None:
         super().__init__()
         self.num_bin, self.tail_bound = config.num_bin, config.tail_bound
-        self.conv = WeightNorm(3 * config.num_bin - 1, config.res_channels, 1, 1)
+        self.n_params = 3 * config.num_bin - 1
+        self.conv = WeightNorm(self.n_params, config.res_channels, 1, 1)
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Weight [3 num_bin - 1, R, 1, 1] and bias of the projection; widths and heights divided by sqrt(R)."""
@@ -205,49 +201,6 @@ def _project(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # The likelihood adds up log_s of every sample: half precision stops here.
     with torch.autocast(features.device.type, enabled=False):
         return F.conv2d(features.to(weight.dtype), weight, bias)
-
-
-# --- one flow ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Flow:
-    """One invertible step of the vocoder: permute rows, shift down, estimate, transform every row.
-
-    Made anew for each pass by `FlowVocoder.flows`, which knows what is shared; `order` is the row order that the
-    conditioning has when this flow sees it.
-    """
-
-    index: int
-    permutation: tuple[int, ...]
-    order: tuple[int, ...]
-    estimator: "BoundEstimator | WinogradEstimator"
-    transform: Affine | Spline
-    gates: Tensor | None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Data to noise: x [B, 1, h, W] -> z [B, 1, h, W], log|det| [B]."""
-        x = permute_rows(x, self.permutation)
-        params = self._params(shift_down(x), self.estimator.prepare(self.order))
-        z, log_det = self.transform(x, params)
-        return z, log_det.flatten(1).sum(1)
-
-    def inverse(self, z: Tensor) -> Tensor:
-        """Noise to data, one row after the other, recomputing the rows above each time."""
-        x, prepared = torch.zeros_like(z), self.estimator.prepare(self.order)
-        for row in range(z.size(2)):
-            params = self._params(shift_down(x[:, :, : row + 1]), prepared)
-            x[:, :, row : row + 1] = self.transform.inverse(z[:, :, row : row + 1], params[:, :, row:])
-        return permute_rows(x, self.permutation)  # its own inverse
-
-    def forward_recomputed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward`, keeping its input only and computing the rest again in the backward pass."""
-        if self.estimator.keeps:
-            self.estimator.prepare(self.order)  # made here, outside what is recomputed
-        return checkpoint(self.forward, x, use_reentrant=False)
-
-    def _params(self, shifted: Tensor, prepared: Tensor | list[Tensor]) -> Tensor:
-        return self.estimator.params(shifted, prepared, self.index, self.gates, self.transform)
 
 
 # --- loss -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The estimator in training on a CPU: dilated convolutions in Winograd's domain, forward and backward.
+"""A layer of the estimator in training on a CPU: its convolution in Winograd's domain, forward and backward.
 
 A layer with dilation d sees columns d apart. Take its input in blocks of d columns, E_0 O_0 E_1 O_1 ...; the three
 width taps g0, g1, g2 give the pair of output blocks j from O_{j-1}, E_j, O_j, E_{j+1}. F(2, 3) of Lavin and Gray
@@ -7,29 +7,27 @@ width taps g0, g1, g2 give the pair of output blocks j from O_{j-1}, E_j, O_j, E
     even = a + b + (O_{j-1} - O_j) g0          a = (E_j + O_j) (g0 + g1 + g2) / 2
     odd  = a - b + (E_{j+1} - E_j) g2          b = (O_j - E_j) (g0 - g1 + g2) / 2
 
-The four differences of the input are its planes. A 1x1 product c joins a and b: (E + O) c / 2 and -(O - E) c / 2. The
-gradients are the same sums transposed, with the same four products for the planes and four for the weights. Rows
-above come in as further products of the same planes.
+The four brackets on the left of a product are the planes of the input: two sums, two differences. A 1x1 product c
+joins a and b, as (E + O) c / 2 and -(O - E) c / 2. The gradients are the same sums transposed, with the same four
+products for the planes and four for the weights. Rows above come in as further products of the same planes.
 
 Channels are innermost, and the work goes some rows at a time, so that what lies between two products stays in cache.
-The skip branches and the projection are merged, as in `folding.py`: their product is R -> P and not R -> R -> P.
+The skip branches and the projection are merged, as in `folding.py`: their product is R -> P and not R -> R -> P. The
+conditioning's product is not kept for the flows that share it: with its gradient it would be most of the memory.
 `estimator.py` has the plain convolutions that this is equal to, and says when it is used.
 """
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from modules import SQRT_HALF, Affine, Spline, permute_rows
+from modules import permute_rows
 
-if TYPE_CHECKING:
-    from estimator import LayerWeights
-
-TILE = 4096  # columns at a time; what a layer makes of them fits the second-level cache of two cores
-PROJECTION_MULTIPLE = 16  # columns of the projection are zero-padded to this: BLAS is slow on two columns
+TILE = 4096  # columns at a time, in whole rows: what a layer makes of them fits the second-level cache of two cores
 
 
 def product_weights(taps: Tensor) -> Tensor:
@@ -38,18 +36,32 @@ def product_weights(taps: Tensor) -> Tensor:
     return torch.stack([(left + centre + right) / 2, (left - centre + right) / 2, left, right], dim=1)
 
 
-class Scratch:
-    """Buffers that are used again by the layers of a model, one after the other; by name."""
+class Workspace:
+    """What the flows of one pass share: buffers that layers use one after the other, and the conditioning in the few
+    row orders that occur."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._rows: dict[tuple[int, ...], Tensor] = {}
 
-    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+    def buffer(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """Uninitialised and contiguous, of the precision of `like`."""
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = like.new_empty(size)
         return self._buffers[name][:size].view(shape)
+
+    def rows(self, conditioning: Tensor, order: tuple[int, ...], n_layer: int) -> Tensor:
+        """conditioning [B, M, h, W] -> [B, h, W', M], rows in `order`, padded to whole pairs of blocks."""
+        if order not in self._rows:
+            rows = permute_rows(conditioning, order).permute(0, 2, 3, 1)
+            self._rows[order] = F.pad(rows, (0, 0, 0, padding(rows.size(2), n_layer))).contiguous()
+        return self._rows[order]
+
+
+def padding(width: int, n_layer: int) -> int:
+    """Columns that complete whole pairs of blocks in every layer."""
+    return -width % 2**n_layer
 
 
 # --- planes of rows [c, W, C], in pairs of blocks of d columns ---------------------------------------------------
@@ -150,7 +162,7 @@ class Geometry(NamedTuple):
 
     dilation: tuple[int, int]  # (height, width)
     width: int  # columns of the clip; those beyond it, up to W, are padding
-    scratch: Scratch
+    workspace: Workspace
 
 
 class GatedLayer(torch.autograd.Function):
@@ -166,36 +178,29 @@ class GatedLayer(torch.autograd.Function):
         layer = Layer(*weights)
         n_clips, height, width, n_res = hidden.shape
         branches = hidden.new_empty(n_clips, 2, height, width // 2, 2 * n_res)
-        after = None if layer.residual is None else torch.empty_like(hidden)
-        params = params.clone()
+        after = None if layer.residual is None else hidden.new_empty(hidden.shape)
+        params = params.clone(memory_format=torch.contiguous_format)
         for clip in range(n_clips):
-            _forward(
-                layer,
-                geometry,
-                hidden[clip],
-                conditioning[clip],
-                branches[clip],
-                params[clip],
-                None if after is None else after[clip],
-            )
+            clip_after = None if after is None else after[clip]
+            _forward(layer, geometry, (hidden[clip], conditioning[clip]), (branches[clip], params[clip], clip_after))
         ctx.save_for_backward(hidden, conditioning, branches, *weights)
         ctx.geometry = geometry
         return after, params
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_after: Tensor | None, d_params: Tensor) -> tuple[Tensor | None, ...]:
         hidden, conditioning, branches, *weights = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_conditioning = torch.empty_like(conditioning)
+        d_hidden, d_conditioning = hidden.new_empty(hidden.shape), conditioning.new_empty(conditioning.shape)
         d_layer = Layer(*(None if weight is None else torch.zeros_like(weight) for weight in weights))
         for clip in range(len(hidden)):
+            clip_d_after = None if d_after is None else d_after[clip]
             _backward(
                 Layer(*weights),
                 ctx.geometry,
                 (hidden[clip], conditioning[clip], branches[clip]),
-                (None if d_after is None else d_after[clip], d_params[clip]),
-                (d_hidden[clip], d_conditioning[clip]),
-                d_layer,
+                (clip_d_after, d_params[clip]),
+                (d_hidden[clip], d_conditioning[clip], d_layer),
             )
         return None, d_hidden, d_params, d_conditioning, *d_layer
 
@@ -206,49 +211,57 @@ def _rows(height: int, columns: int) -> list[slice]:
 
 
 def _forward(
-    layer: Layer,
-    geometry: Geometry,
-    hidden: Tensor,
-    conditioning: Tensor,
-    branches: Tensor,
-    params: Tensor,
-    after: Tensor | None,
+    layer: Layer, geometry: Geometry, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor, Tensor | None]
 ) -> None:
-    """One clip: hidden [h, W, R] and conditioning [h, W, M] -> branches [2, h, W/2, 2R], params and after."""
-    (dilation_h, d), clip_width, scratch = geometry
+    """One clip: hidden [h, W, R] and conditioning [h, W, M] -> branches [2, h, W/2, 2R] and after [h, W, R], written,
+    and params [h, W, P], added to."""
+    (dilation_h, d), clip_width, workspace = geometry
+    (hidden, conditioning), (branches, params, after) = inputs, outputs
     height, width, n_res = hidden.shape
-    half, bands = width // 2, conditioning.size(2)
-    planes = scratch("planes", hidden, 4, height, half, n_res)
+    half = width // 2
+    planes = workspace.buffer("planes", hidden, 4, height, half, n_res)
     bias = torch.stack([layer.bias, torch.zeros_like(layer.bias)]).unsqueeze(1)
-    halves = torch.stack([layer.conditioning, -layer.conditioning]) / 2
+    mel_weights = _mel_weights(layer)
     for rows in _rows(height, width):
         n = rows.stop - rows.start
         _sums(hidden[rows], d, planes[:2, rows])
         _differences(hidden[rows], d, planes[2:, rows])
-        pairs = scratch("conditioning", hidden, 2, n, half, bands)
-        _sums(conditioning[rows], d, pairs)
-        sums = scratch("sums", hidden, 2, n, half, 2 * n_res)
-        torch.baddbmm(bias, pairs.flatten(1, 2), halves, out=sums.flatten(1, 2))
+        mel = _mel_planes(conditioning[rows], d, workspace)
+        sums = workspace.buffer("sums", hidden, 2, n, half, 2 * n_res)
+        torch.baddbmm(bias, mel, mel_weights, out=sums.flatten(1, 2))
         _add_products(sums, planes[:2], layer.products[:, :2], rows, dilation_h)
-        both = scratch("both", hidden, 2, n, half, 2 * n_res)
+        both = workspace.buffer("both", hidden, 2, n, half, 2 * n_res)
         torch.add(sums[0], sums[1], out=both[0])
         torch.sub(sums[0], sums[1], out=both[1])
         _add_products(both, planes[2:], layer.products[:, 2:], rows, dilation_h)
         filters, gates = branches[:, rows].chunk(2, dim=3)
         torch.tanh(both[..., :n_res], out=filters)
         torch.sigmoid(both[..., n_res:], out=gates)
-        gated = _gated(branches[:, rows], d, scratch)
-        params[rows].flatten(0, 1).addmm_(gated, layer.skip)
+        gated = _gated(branches[:, rows], d, workspace)
+        params[rows].view(n * width, -1).addmm_(gated, layer.skip)
         if after is not None:
             torch.add(hidden[rows], layer.residual_bias, out=after[rows])
-            after[rows].flatten(0, 1).addmm_(gated, layer.residual)
+            after[rows].view(n * width, n_res).addmm_(gated, layer.residual)
             after[rows, clip_width:] = 0
 
 
-def _gated(branches: Tensor, d: int, scratch: Scratch) -> Tensor:
+def _mel_planes(conditioning: Tensor, d: int, workspace: Workspace) -> Tensor:
+    """The sums of some rows of conditioning [c, W, M]: [2, c W/2, M]."""
+    n, width, bands = conditioning.shape
+    planes = workspace.buffer("mel", conditioning, 2, n, width // 2, bands)
+    _sums(conditioning, d, planes)
+    return planes.flatten(1, 2)
+
+
+def _mel_weights(layer: Layer) -> Tensor:
+    """[2, M, 2R], for the sums of the conditioning."""
+    return torch.stack([layer.conditioning, -layer.conditioning]) / 2
+
+
+def _gated(branches: Tensor, d: int, workspace: Workspace) -> Tensor:
     """tanh times sigmoid of branches [2, c, W/2, 2R], with the columns in their places: [c W, R]."""
     _, n_rows, half, n_both = branches.shape
-    gated = scratch("gated", branches, n_rows, half // d, 2, d, n_both // 2)
+    gated = workspace.buffer("gated", branches, n_rows, half // d, 2, d, n_both // 2)
     filters, gates = branches.unflatten(2, (-1, d)).chunk(2, dim=4)
     torch.mul(filters, gates, out=gated.movedim(2, 0))
     return gated.view(-1, n_both // 2)
@@ -259,48 +272,60 @@ def _backward(
     geometry: Geometry,
     saved: tuple[Tensor, Tensor, Tensor],
     d_outputs: tuple[Tensor | None, Tensor],
-    d_inputs: tuple[Tensor, Tensor],
-    d_layer: Layer,
+    d_inputs: tuple[Tensor, Tensor, Layer],
 ) -> None:
-    """One clip, from the gradients of `after` and `params`: those of hidden and conditioning are written to d_inputs,
-    those of the weights are added to d_layer."""
-    (dilation_h, d), clip_width, scratch = geometry
+    """One clip, from the gradients of `after` and `params`: those of hidden and conditioning are written, those of
+    the weights are added to. The lowest rows come first, which need nothing of those above them."""
+    (_, d), clip_width, workspace = geometry
     hidden, conditioning, branches = saved
-    (d_after, d_params), (d_hidden, d_conditioning) = d_outputs, d_inputs
+    (d_after, d_params), (d_hidden, d_conditioning, d_layer) = d_outputs, d_inputs
     height, width, n_res = hidden.shape
-    half, bands = width // 2, conditioning.size(2)
-    halves = torch.stack([layer.conditioning, -layer.conditioning]).transpose(1, 2) / 2
-    d_halves = torch.zeros_like(halves.transpose(1, 2))
-    d_both = scratch("d_both", hidden, 2, height, half, 2 * n_res)
-    d_sums = scratch("d_sums", hidden, 2, height, half, 2 * n_res)
+    mel_weights = _mel_weights(layer)
+    d_mel_weights = torch.zeros_like(mel_weights)
+    d_both = workspace.buffer("d_both", hidden, 2, height, width // 2, 2 * n_res)
+    d_sums = workspace.buffer("d_sums", hidden, 2, height, width // 2, 2 * n_res)
     for rows in reversed(_rows(height, width)):
-        n = rows.stop - rows.start
-        gated = _gated(branches[:, rows], d, scratch)
-        d_gated = _update_backward(layer, gated, d_after, d_params, rows, d_layer, scratch)
+        gated = _gated(branches[:, rows], d, workspace)
+        d_gated = _update_backward(layer, gated, d_after, d_params, rows, d_layer, workspace)
         _gate_backward(d_gated, branches[:, rows], d, d_both[:, rows])
         torch.add(d_both[0, rows], d_both[1, rows], out=d_sums[0, rows])
         torch.sub(d_both[0, rows], d_both[1, rows], out=d_sums[1, rows])
         d_layer.bias.add_(d_sums[0, rows].sum((0, 1)))
 
-        pairs = scratch("conditioning", hidden, 2, n, half, bands)
-        _sums(conditioning[rows], d, pairs)
-        d_halves.baddbmm_(pairs.flatten(1, 2).transpose(1, 2), d_sums[:, rows].flatten(1, 2))
-        torch.bmm(d_sums[:, rows].flatten(1, 2), halves, out=pairs.flatten(1, 2))
-        _sums_backward(pairs, d, d_conditioning[rows])
+        mel = _mel_planes(conditioning[rows], d, workspace)
+        d_mel_weights.baddbmm_(mel.transpose(1, 2), d_sums[:, rows].flatten(1, 2))
+        torch.bmm(d_sums[:, rows].flatten(1, 2), mel_weights.transpose(1, 2), out=mel)
+        _sums_backward(mel, d, d_conditioning[rows])
 
-        planes = scratch("planes", hidden, 4, n, half, n_res)
-        _sums(hidden[rows], d, planes[:2])
-        _differences(hidden[rows], d, planes[2:])
-        d_planes = scratch("d_planes", hidden, 4, n, half, n_res)
-        for pair, gradient in ((slice(0, 2), d_sums), (slice(2, 4), d_both)):
-            into = d_planes[pair], d_layer.products[:, pair]
-            _products_backward(gradient, planes[pair], layer.products[:, pair], rows, dilation_h, into)
-        _sums_backward(d_planes[:2], d, d_hidden[rows])
-        _add_differences_backward(d_planes[2:], d, d_hidden[rows])
+        _planes_backward(layer, geometry, hidden, rows, (d_sums, d_both), (d_hidden, d_layer))
         d_hidden[rows, clip_width:] = 0
         if d_after is not None:
             d_hidden[rows] += d_after[rows]
-    d_layer.conditioning.add_((d_halves[0] - d_halves[1]) / 2)
+    d_layer.conditioning.add_((d_mel_weights[0] - d_mel_weights[1]) / 2)
+
+
+def _planes_backward(
+    layer: Layer,
+    geometry: Geometry,
+    hidden: Tensor,
+    rows: slice,
+    d_products: tuple[Tensor, Tensor],
+    d_inputs: tuple[Tensor, Layer],
+) -> None:
+    """Of the convolution, from the gradients of its sums and of `both`: the hidden state's is written for these rows,
+    the weights' is added to."""
+    (dilation_h, d), _, workspace = geometry
+    d_hidden, d_layer = d_inputs
+    n, width, n_res = hidden[rows].shape
+    planes = workspace.buffer("planes", hidden, 4, n, width // 2, n_res)
+    _sums(hidden[rows], d, planes[:2])
+    _differences(hidden[rows], d, planes[2:])
+    d_planes = workspace.buffer("d_planes", hidden, 4, n, width // 2, n_res)
+    for pair, gradient in zip((slice(0, 2), slice(2, 4)), d_products, strict=True):
+        into = d_planes[pair], d_layer.products[:, pair]
+        _products_backward(gradient, planes[pair], layer.products[:, pair], rows, dilation_h, into)
+    _sums_backward(d_planes[:2], d, d_hidden[rows])
+    _add_differences_backward(d_planes[2:], d, d_hidden[rows])
 
 
 def _update_backward(
@@ -310,11 +335,11 @@ def _update_backward(
     d_params: Tensor,
     rows: slice,
     d_layer: Layer,
-    scratch: Scratch,
+    workspace: Workspace,
 ) -> Tensor:
     """Of the residual update and the projection: the gradient [c W, R] of gated."""
     d_params = d_params[rows].flatten(0, 1)
-    d_gated = scratch("d_gated", gated, *gated.shape)
+    d_gated = workspace.buffer("d_gated", gated, *gated.shape)
     torch.mm(d_params, layer.skip.t(), out=d_gated)
     d_layer.skip.addmm_(gated.t(), d_params)
     if d_after is not None:
@@ -335,100 +360,3 @@ def _gate_backward(d_gated: Tensor, branches: Tensor, d: int, d_both: Tensor) ->
     torch.ops.aten.tanh_backward.grad_input(d_filters, filters, grad_input=d_filters)
     torch.mul(d_gated, filters, out=d_gates)
     torch.ops.aten.sigmoid_backward.grad_input(d_gates, gates, grad_input=d_gates)
-
-
-# --- the estimator ------------------------------------------------------------------------------------------------
-
-
-class WinogradEstimator:
-    """An estimator for one pass, equal to `estimator.BoundEstimator`; conditioning [B, M, h, W] in the audio's order.
-
-    Without gates it carries H_l / sqrt(1/2)^l for the hidden state H_l, whose update is then a plain sum.
-    """
-
-    keeps = True  # what `prepare` gives
-
-    def __init__(
-        self,
-        front: tuple[Tensor, Tensor],
-        weights: "list[LayerWeights]",
-        dilations: list[tuple[int, int]],
-        conditioning: Tensor,
-        has_gates: bool,
-        scratch: Scratch,
-    ) -> None:
-        self.weights, self.dilations, self.conditioning = weights, dilations, conditioning
-        self.shrink = [1.0 if has_gates else SQRT_HALF**index for index in range(len(weights))]
-        self.front = torch.stack([front[0].flatten(), front[1]])  # [2, R]: of x, and of the mask of the clip's columns
-        taps = [layer.gate.permute(2, 3, 1, 0) * shrink for layer, shrink in zip(weights, self.shrink, strict=True)]
-        # the 1x1 convolution in front is folded into layer 0, which then sees nine taps of x and nine of the mask
-        self.entry = torch.einsum("pr,hwro->phwo", self.front, taps[0]).flatten(0, 2)  # [18, 2R]
-        self.products = [None, *(product_weights(tap) for tap in taps[1:])]
-        self._rows: dict[tuple[int, ...], Tensor] = {}
-        self._scratch = scratch
-
-    def prepare(self, order: tuple[int, ...]) -> Tensor:
-        """The conditioning of a flow [B, h, W', M], rows in `order`, padded to whole pairs of blocks of every layer."""
-        if order not in self._rows:
-            rows = permute_rows(self.conditioning, order).permute(0, 2, 3, 1)
-            self._rows[order] = F.pad(rows, (0, 0, 0, padding(rows.size(2), len(self.weights)))).contiguous()
-        return self._rows[order]
-
-    def params(
-        self, x: Tensor, prepared: Tensor, flow: int, gates: Tensor | None, transform: Affine | Spline
-    ) -> Tensor:
-        """Parameters [B, P, h, W] of the flow's transform, as `BoundEstimator.params`."""
-        project, offset = transform.fold()
-        n_params, width = len(offset), x.size(3)
-        project = F.pad(project.flatten(1), (0, 0, 0, -n_params % PROJECTION_MULTIPLE))  # [P, R]
-        params = x.new_zeros(*prepared.shape[:3], len(project))
-        hidden = None
-        for index, weights in enumerate(self.weights):
-            skip, skip_bias = (tensor.chunk(2)[1] for tensor in (weights.res_skip.flatten(1), weights.res_skip_bias))
-            offset = offset + project[:n_params] @ skip_bias
-            layer = self._layer(index, flow, None if gates is None else gates[index], (project @ skip).t())
-            if index == 0:
-                hidden, params = self._enter(x, prepared, params, layer)
-            else:
-                geometry = Geometry(self.dilations[index], width, self._scratch)
-                hidden, params = GatedLayer.apply(geometry, hidden, params, prepared, *layer)
-        return (params[:, :, :width, :n_params] + offset).permute(0, 3, 1, 2)
-
-    def _layer(self, index: int, flow: int, gate: Tensor | None, skip: Tensor) -> Layer:
-        weights = self.weights[index]
-        conditioning, conditioning_bias = weights.conditioning
-        residual, residual_bias = None, None
-        if index < len(self.weights) - 1:
-            factor = 1 / self.shrink[index] if gate is None else gate.unsqueeze(1)
-            residual = (weights.res_skip.flatten(1).chunk(2)[0] * factor).t()
-            residual_bias = weights.res_skip_bias.chunk(2)[0] * (1 / self.shrink[index] if gate is None else gate)
-        return Layer(
-            products=self.products[index],
-            conditioning=conditioning.flatten(1).t(),
-            bias=weights.gate_bias[flow % len(weights.gate_bias)] + conditioning_bias,
-            residual=residual,
-            residual_bias=residual_bias,
-            skip=skip,
-        )
-
-    def _enter(self, x: Tensor, conditioning: Tensor, params: Tensor, layer: Layer) -> tuple[Tensor | None, Tensor]:
-        """Layer 0, whose input of one channel is cheap to multiply as it is."""
-        n_padding = conditioning.size(2) - x.size(3)
-        planes = torch.stack([x, torch.ones_like(x)], dim=4).squeeze(1)  # [B, h, W, 2]: x and the mask
-        planes = F.pad(planes, (0, 0, 1, 1 + n_padding, 2, 0))
-        near = planes.unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)  # [B, h, W', 18]
-        both = torch.addmm(layer.bias, near.flatten(0, 2), self.entry)
-        filters, gates = torch.addmm(both, conditioning.flatten(0, 2), layer.conditioning).chunk(2, dim=1)
-        gated = torch.tanh(filters) * torch.sigmoid(gates)
-        params = torch.addmm(params.flatten(0, 2), gated, layer.skip).view_as(params)
-        if layer.residual is None:
-            return None, params
-        hidden = near[..., 7::9] @ self.front + torch.addmm(layer.residual_bias, gated, layer.residual).view(
-            *near.shape[:3], -1
-        )
-        return F.pad(hidden[:, :, : x.size(3)], (0, 0, 0, n_padding)), params
-
-
-def padding(width: int, n_layer: int) -> int:
-    """Columns that complete whole pairs of blocks in every layer."""
-    return -width % 2**n_layer

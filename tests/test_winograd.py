@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import winograd
-from estimator import BoundEstimator, Estimator
+from estimator import BoundEstimator, Estimator, WinogradEstimator
 from modules import Affine, FlowLoss
 from training_workloads import plain_forward
 from vocoders import random_input, random_vocoder
-from winograd import GatedLayer, Geometry, Layer, Scratch, WinogradEstimator, product_weights
+from winograd import GatedLayer, Geometry, Layer, Workspace, product_weights
 
 COUPLINGS = ["waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
 SHAPES = {
@@ -27,7 +27,7 @@ def loss_and_gradients(model, forward, audio, mel):
     return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
-@pytest.fixture(params=[4096, 64, 1], ids=["all rows", "some rows", "row by row"])
+@pytest.fixture(params=[4096, 300, 1], ids=["all rows", "some rows", "row by row"])
 def tile(request, monkeypatch):
     monkeypatch.setattr(winograd, "TILE", request.param)
 
@@ -43,14 +43,23 @@ def test_loss_and_gradients_are_those_of_convolutions(coupling, shape):
         loss_and_gradients(model, forward, audio, mel)
         for forward in (model, lambda *inputs: plain_forward(model, *inputs))
     ]
-    assert isinstance(next(model.flows(conditioning(model, audio), scratch=Scratch())).estimator, WinogradEstimator)
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, atol=1e-12, rtol=1e-9)
 
 
-def conditioning(model, audio):
-    height = model.config.n_height
-    return audio.new_zeros(len(audio), model.config.cin_channels, height, audio.size(1) // height)
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_the_likelihood_goes_through_it_with_the_conditioning_prepared_once(coupling, monkeypatch):
+    model = random_vocoder(coupling, n_flow=4)
+    layers, apply = [], GatedLayer.apply
+
+    def counted(geometry, hidden, params, conditioning, *layer):
+        layers.append(conditioning)
+        return apply(geometry, hidden, params, conditioning, *layer)
+
+    monkeypatch.setattr(GatedLayer, "apply", counted)
+    model(*random_input(model))
+    assert len(layers) == 4 * 2  # flows, layers after the first
+    assert len({conditioning.data_ptr() for conditioning in layers}) == 2  # row orders that occur
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -79,7 +88,7 @@ def test_a_layers_backward_is_its_forwards_derivative(dilation, last):
     def run(hidden, params, mel, taps, conditioning, bias, skip, *residual):
         layer = Layer(product_weights(taps), conditioning, bias, *residual, skip)
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, 16 - width))
-        after, params = GatedLayer.apply(Geometry(dilation, width, Scratch()), padded, params, mel, *layer)
+        after, params = GatedLayer.apply(Geometry(dilation, width, Workspace()), padded, params, mel, *layer)
         return (params[:, :, :width],) if last else (after[:, :, :width], params[:, :, :width])
 
     assert torch.autograd.gradcheck(run, (hidden, params, mel, taps, *weights, *residual))
@@ -90,7 +99,7 @@ def test_padding_stays_zero():
     hidden = torch.nn.functional.pad(torch.randn(1, 4, 5, 2), (0, 0, 0, 3))
     layer = Layer(torch.randn(3, 4, 2, 4), torch.randn(2, 4), *map(torch.randn, (4, (2, 2), 2, (2, 16))))
     after, _ = GatedLayer.apply(
-        Geometry((1, 2), 5, Scratch()), hidden, torch.zeros(1, 4, 8, 16), torch.randn(1, 4, 8, 2), *layer
+        Geometry((1, 2), 5, Workspace()), hidden, torch.zeros(1, 4, 8, 16), torch.randn(1, 4, 8, 2), *layer
     )
     assert (after[:, :, 5:] == 0).all()
     assert (after[:, :, :5] != 0).all()
@@ -102,13 +111,13 @@ def test_where_it_is_used():
     def bound(width=64, **options):
         return estimator.bind(torch.zeros(1, 80, 8, width), **options)
 
-    assert isinstance(bound(scratch=Scratch()), WinogradEstimator)
+    assert isinstance(bound(workspace=Workspace()), WinogradEstimator)
     assert isinstance(bound(), BoundEstimator)
-    assert isinstance(bound(width=5, scratch=Scratch()), BoundEstimator)  # padding would be most of the work
+    assert isinstance(bound(width=5, workspace=Workspace()), BoundEstimator)  # padding would be most of the work
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert isinstance(bound(scratch=Scratch()), BoundEstimator)
+        assert isinstance(bound(workspace=Workspace()), BoundEstimator)
     estimator.compiled = True  # slower here
-    assert isinstance(bound(scratch=Scratch()), WinogradEstimator)
+    assert isinstance(bound(workspace=Workspace()), WinogradEstimator)
 
 
 def test_merged_skip_and_projection_are_the_transforms_parameters():
@@ -120,6 +129,19 @@ def test_merged_skip_and_projection_are_the_transforms_parameters():
             parameter.normal_()
     x, mel = torch.randn(2, 1, 8, 30, dtype=torch.float64), torch.randn(2, 80, 8, 30, dtype=torch.float64)
     order = tuple(reversed(range(8)))
-    plain, fast = (estimator.bind(mel, scratch=scratch) for scratch in (None, Scratch()))
+    plain, fast = (estimator.bind(mel, workspace=workspace) for workspace in (None, Workspace()))
     expected = transform.project(plain(x, plain.prepare(order), flow=0))
     torch.testing.assert_close(fast.params(x, fast.prepare(order), 0, None, transform), expected)
+
+
+def test_tensors_of_another_memory_layout_give_the_same():
+    torch.manual_seed(0)
+    layer = Layer(torch.randn(3, 4, 2, 4), torch.randn(2, 4), *map(torch.randn, (4, (2, 2), 2, (2, 16))))
+    inputs = [torch.randn(1, 4, 8, n) for n in (2, 16, 2)]
+
+    def run(tensors):
+        return GatedLayer.apply(Geometry((1, 2), 8, Workspace()), *tensors, *layer)
+
+    swapped = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs]
+    for expected, actual in zip(run(inputs), run(swapped), strict=True):
+        assert torch.equal(actual, expected)
