@@ -46,8 +46,8 @@ class Place(NamedTuple):
 class ConvQueue(ABC):
     """What a flow remembers of rows above and columns to the left, for `width` columns of all layers.
 
-    tile: the longest window. `silent` are columns, counted from the start of the input, that belong to no clip: the
-    input of every layer is zero there, as it is in the `margin` columns that stand for what lies outside.
+    tile: the longest window. silent: in order, the columns, counted from the start of the input, that belong to no
+    clip: the input of every layer is zero there, as it is in the `margin` columns that stand for what lies outside.
     """
 
     def __init__(self, flow: FoldedFlow, width: int, tile: int, margin: int, silent: Sequence[range]) -> None:
@@ -131,11 +131,15 @@ class ConvQueue(ABC):
         else:
             hidden = self._input(index, self._place(index, row), at)
             torch.addmm(hidden, gated, layer.residual, out=after)
-        for silent in self.silent:
-            start, stop = (
-                min(max(edge - self.base, at.start), at.stop) - at.start for edge in (silent.start, silent.stop)
-            )
-            after[start:stop] = 0
+        self._silence(after, at)
+
+    def _silence(self, after: Tensor, at: Window) -> None:
+        first = bisect_right(self.silent, self.base + at.start, key=lambda silent: silent.stop)
+        for silent in islice(self.silent, first, None):
+            start, stop = (edge - self.base - at.start for edge in (silent.start, silent.stop))
+            if start >= len(after):
+                return
+            after[max(start, 0) : stop] = 0
 
 
 class _Planes(NamedTuple):

@@ -156,7 +156,6 @@ class Sound(NamedTuple):
     clip: Clip
     audio: Tensor  # [T], on the CPU
     seconds: float  # its share of the time of its batch
-    batch_size: int
 
 
 def in_batches(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:
@@ -209,7 +208,7 @@ def _synthesize_batch(engine: SynthesisEngine, batch: Sequence[Clip], device: to
     sounds = [audio.cpu() for audio in engine.synthesize_many(inputs)]
     seconds = time.perf_counter() - began
     per_sample = seconds / sum(map(len, sounds))
-    return [Sound(clip, audio, per_sample * len(audio), len(batch)) for clip, audio in zip(batch, sounds, strict=True)]
+    return [Sound(clip, audio, per_sample * len(audio)) for clip, audio in zip(batch, sounds, strict=True)]
 
 
 def _write_batch(sounds: Sequence[Sound], folder: Path, mel_fn: MelSpectrogram, sampling_rate: int) -> None:
@@ -217,9 +216,9 @@ def _write_batch(sounds: Sequence[Sound], folder: Path, mel_fn: MelSpectrogram, 
     finite, spoilt = [], []
     for sound in sounds:
         (finite if _is_finite(sound.audio) else spoilt).append(sound)
-    for clip, audio, seconds, batch_size in finite:
+    shared = f" (its share of a batch of {len(sounds)})" if len(sounds) > 1 else ""
+    for clip, audio, seconds in finite:
         write_wav(folder / clip.output, audio, sampling_rate)
-        shared = f" (its share of a batch of {batch_size})" if batch_size > 1 else ""
         print(f"{clip.output}: {_speed(len(audio), seconds, sampling_rate)}{shared}")
         if clip.recording is not None:
             _compare(folder, clip.output, clip.recording, audio, mel_fn)

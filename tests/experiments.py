@@ -11,7 +11,7 @@ import librosa.filters  # noqa: F401 (slow to import: done once, before the kill
 import torch
 
 import train
-from audio import write_wav
+from audio import read_wav, write_wav
 from vocoders import small_config
 
 ROOT = Path(__file__).parents[1]
@@ -92,3 +92,19 @@ def fails(capsys, *arguments):
     assert message.startswith("error: ")
     assert "\n" not in message
     return message
+
+
+def wavs(folder):
+    """What was synthesized, in steps of 16 bits; the wavs are removed."""
+    found = {}
+    for path in sorted((folder / "synthesis").rglob("*.wav")):
+        found[path.stem] = (read_wav(path, RATE) * 32_768).round().int()
+        path.unlink()
+    return found
+
+
+def assert_same_wavs(found, expected):
+    """To one step of 16 bits."""
+    assert found.keys() == expected.keys()
+    for name, audio in expected.items():
+        torch.testing.assert_close(found[name], audio, atol=1, rtol=0)

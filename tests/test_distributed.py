@@ -16,7 +16,7 @@ import train
 from config import InputError
 from data import ShuffledBatches
 from distributed import agree, choose_device, gather, mean, on_main, share
-from experiments import fails, losses, run
+from experiments import assert_same_wavs, fails, losses, run, wavs
 from image_density_experiments.checkpoint import load_checkpoint as load_image_checkpoint
 from image_density_experiments.train import main as train_images
 from runs import StopRequest
@@ -107,15 +107,12 @@ def test_evaluation_and_synthesis_are_those_of_one_process(three_clips, tmp_path
     for do in (lambda *job: run(*job), lambda *job: run_two(tmp_path, *job)):
         do("-c", path, "--evaluate")
         do("-c", path, "--synthesize")
-        wavs = {file.name: file.read_bytes() for file in (folder / "synthesis" / "waveflow_2_temp1").glob("*.wav")}
-        results.append(((folder / "evaluation" / "waveflow_2.csv").read_text(), wavs))
-        for file in (folder / "synthesis" / "waveflow_2_temp1").iterdir():
-            file.unlink()
-    (table, wavs), (other_table, other_wavs) = results
+        results.append(((folder / "evaluation" / "waveflow_2.csv").read_text(), wavs(folder)))
+    (table, sounds), (other_table, other_sounds) = results
     assert table.count("\n") == 4
     assert other_table == table
-    assert sorted(wavs) == ["clip5.wav", "clip6.wav", "clip7.wav"]
-    assert other_wavs == wavs
+    assert sorted(sounds) == ["clip5", "clip6", "clip7"]
+    assert_same_wavs(other_sounds, sounds)
 
 
 def wait_for_rows(table, n):

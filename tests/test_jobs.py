@@ -15,7 +15,7 @@ from audio import MelSpectrogram, read_wav
 from config import InputError, load_config
 from data import ClipDataset, read_file_list
 from evaluation import clip_likelihoods
-from experiments import fails, losses, run
+from experiments import assert_same_wavs, fails, losses, run, wavs
 from model import build_model
 from modules import FlowLoss
 from synthesis import SynthesisEngine
@@ -184,21 +184,6 @@ def batches(monkeypatch):
 
     monkeypatch.setattr(SynthesisEngine, "synthesize_many", counted)
     return counts
-
-
-def wavs(folder):
-    """What was synthesized, in steps of 16 bits; the wavs are removed."""
-    found = {}
-    for path in sorted((folder / "synthesis").rglob("*.wav")):
-        found[path.stem] = (read_wav(path, 22_050) * 32_768).round().int()
-        path.unlink()
-    return found
-
-
-def assert_same_wavs(found, expected):
-    assert found.keys() == expected.keys()
-    for name, audio in expected.items():
-        torch.testing.assert_close(found[name], audio, atol=1, rtol=0)
 
 
 def test_clips_synthesized_at_once_sound_as_they_do_alone(trained, mels, batches, capsys):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from config import InputError, WaveFlowConfig, section_from_dict
-from estimator import Estimator
 from modules import (
     Affine,
     FlowEmbedding,
@@ -58,28 +57,6 @@ def test_weight_norm_starts_at_its_own_direction_and_has_the_norm_g():
 @pytest.mark.parametrize("strides", [(16, 16), (4, 8, 2)])
 def test_upsampler_gives_one_column_per_sample(strides):
     assert Upsampler(strides)(torch.randn(2, 10, 5)).shape == (2, 10, 5 * math.prod(strides))
-
-
-@pytest.mark.parametrize("cycle", [1, 2, 3])
-def test_estimator_row_sees_rows_up_to_its_own_and_nothing_below(cycle):
-    torch.manual_seed(0)
-    settings = config(coupling_type="waveflow", n_layer_per_cycle=cycle)
-    estimator = Estimator(settings)
-    x = torch.randn(1, 1, 8, 20, requires_grad=True)
-    bound = estimator.bind(torch.randn(1, 80, 8, 20))
-    features = bound(x, bound.prepare(tuple(range(8))), flow=0)
-    [gradient] = torch.autograd.grad(features[:, :, 5].square().sum(), x)
-    rows = gradient[0, 0].abs().sum(1)
-    assert (rows[6:] == 0).all()
-    assert rows[5] > 0
-    assert rows[5 - 2] > 0
-
-
-def test_estimator_of_the_first_rows_is_the_first_rows_of_the_estimator():
-    torch.manual_seed(0)
-    bound = Estimator(config(coupling_type="waveflow", n_layer_per_cycle=2)).bind(torch.randn(2, 80, 8, 20))
-    x, products = torch.randn(2, 1, 8, 20), bound.prepare(tuple(reversed(range(8))))
-    torch.testing.assert_close(bound(x[:, :, :3], products, flow=0), bound(x, products, flow=0)[:, :, :3])
 
 
 def test_flow_embedding_is_orthogonal_and_weight_norm_changes_only_its_parameters():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from config import InputError, load_config
-from conv_queue import DirectQueue, WinogradQueue
+from conv_queue import DirectQueue, Window, WinogradQueue
 from synthesis import SynthesisEngine, receptive_field, slow_precision_warning
 from vocoders import random_input, random_vocoder
 
@@ -74,13 +74,29 @@ def test_buffers_roll_on_through_a_long_input(queue):
 
 
 @QUEUES
-def test_a_clip_that_is_not_finite_spoils_no_other(queue):
-    model, mel, z = case(batch=3)
-    expected = SynthesisEngine(model, queue=queue)(mel, z)
-    mel[1] = float("nan")
-    audio = SynthesisEngine(model, queue=queue)(mel, z)
-    assert not torch.isfinite(audio[1]).any()
-    assert torch.equal(audio[::2], expected[::2])
+@pytest.mark.parametrize("transform", ["affine", "spline"])
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+def test_a_clip_that_is_not_finite_spoils_no_other(queue, transform, spoilt):
+    model, mel, z = case(batch=3, frames=6, transform=transform, n_flow=2)
+    engine = SynthesisEngine(model, queue=queue, tile=16)  # buffers roll on between the clips
+    expected = engine(mel, z)
+    mel[spoilt] = float("nan")
+    audio = engine(mel, z)
+    assert not torch.isfinite(audio[spoilt]).any()
+    others = [clip for clip in range(3) if clip != spoilt]
+    assert torch.equal(audio[others], expected[others])
+
+
+@QUEUES
+def test_a_step_looks_only_at_the_silence_it_meets(queue):
+    flow = SynthesisEngine(random_vocoder(), queue=queue).flows[0]
+    silent = [range(start, start + 3) for start in range(5, 100, 8)]
+    held = queue(flow, width=64, tile=16, margin=4, silent=silent)
+    held.base = 30
+    for start, stop, expected in ((8, 18, [38, 39, 45, 46, 47]), (16, 32, [46, 47, 53, 54, 55, 61]), (10, 15, [])):
+        after = torch.ones(stop - start, 1)
+        held._silence(after, Window(start, stop))
+        assert (after.flatten() == 0).nonzero().flatten().add(30 + start).tolist() == expected
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -115,7 +131,10 @@ def test_a_cpu_with_half_precision_products_uses_them(precision, monkeypatch):
     monkeypatch.setattr("synthesis.fast_bfloat16", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
     assert slow_precision_warning(precision, torch.device("cpu")) is None
-    assert SynthesisEngine(case()[0], precision=precision).dtype == getattr(torch, precision)
+    engine = SynthesisEngine(case()[0], precision=precision)
+    assert engine.dtype == getattr(torch, precision)
+    assert engine.queue is DirectQueue
+    assert SynthesisEngine(case()[0], precision="float32").queue is WinogradQueue
 
 
 def test_no_warning_in_full_precision_or_elsewhere(monkeypatch):

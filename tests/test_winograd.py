@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import winograd
-from estimator import BoundEstimator, Estimator, WinogradEstimator
-from modules import Affine, FlowLoss
+from modules import FlowLoss
 from training_workloads import plain_forward
 from vocoders import random_input, random_vocoder
 from winograd import GatedLayer, Geometry, Layer, Workspace, product_weights
@@ -103,35 +102,6 @@ def test_padding_stays_zero():
     )
     assert (after[:, :, 5:] == 0).all()
     assert (after[:, :, :5] != 0).all()
-
-
-def test_where_it_is_used():
-    estimator = Estimator(random_vocoder("waveflow").config)  # three layers: blocks of eight columns
-
-    def bound(width=64, **options):
-        return estimator.bind(torch.zeros(1, 80, 8, width), **options)
-
-    assert isinstance(bound(workspace=Workspace()), WinogradEstimator)
-    assert isinstance(bound(), BoundEstimator)
-    assert isinstance(bound(width=5, workspace=Workspace()), BoundEstimator)  # padding would be most of the work
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert isinstance(bound(workspace=Workspace()), BoundEstimator)
-    estimator.compiled = True  # slower here
-    assert isinstance(bound(workspace=Workspace()), WinogradEstimator)
-
-
-def test_merged_skip_and_projection_are_the_transforms_parameters():
-    torch.manual_seed(0)
-    model = random_vocoder("waveflow", dtype=torch.float64)
-    estimator, transform = model.estimators[0], Affine(model.config).double()
-    with torch.no_grad():
-        for parameter in transform.parameters():
-            parameter.normal_()
-    x, mel = torch.randn(2, 1, 8, 30, dtype=torch.float64), torch.randn(2, 80, 8, 30, dtype=torch.float64)
-    order = tuple(reversed(range(8)))
-    plain, fast = (estimator.bind(mel, workspace=workspace) for workspace in (None, Workspace()))
-    expected = transform.project(plain(x, plain.prepare(order), flow=0))
-    torch.testing.assert_close(fast.params(x, fast.prepare(order), 0, None, transform), expected)
 
 
 def test_tensors_of_another_memory_layout_give_the_same():
