@@ -13,7 +13,9 @@ columns. They are looked up, not sliced anew: for few channels slicing takes as 
 """
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
