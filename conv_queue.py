@@ -52,6 +52,8 @@ class ConvQueue(ABC):
     clip: the input of every layer is zero there, as it is in the `margin` columns that stand for what lies outside.
     """
 
+    TILE: int
+
     def __init__(self, flow: FoldedFlow, width: int, tile: int, margin: int, silent: Sequence[range]) -> None:
         like, self.margin, self.silent, self.base = flow.front, margin, silent, 0
         self.n_res = like.size(1)
@@ -162,6 +164,8 @@ class _Planes(NamedTuple):
 class WinogradQueue(ConvQueue):
     """The inputs of the layers, and their transformed rows at half the columns."""
 
+    TILE = 2048  # columns at a time, by default: the operands of a product then stay in cache
+
     def __init__(self, flow: FoldedFlow, width: int, tile: int, margin: int, silent: Sequence[range]) -> None:
         super().__init__(flow, width, tile, margin, silent)
         like, later = flow.front, flow.layers[1:]
@@ -236,6 +240,8 @@ class _Taps(NamedTuple):
 
 class DirectQueue(ConvQueue):
     """The last three rows of every layer's input."""
+
+    TILE = 4096  # of half the size, and products this fast want to be long
 
     def __init__(self, flow: FoldedFlow, width: int, tile: int, margin: int, silent: Sequence[range]) -> None:
         super().__init__(flow, width, tile, margin, silent)

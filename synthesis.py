@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from model import FlowVocoder
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-TILE = 2048  # columns; the products' operands of a tile then stay in cache
 CONTEXT = 2  # mel frames on each side that the upsampler sees: its layers reach 1 + 1/stride + ... < 2 frames
 
 
@@ -95,14 +94,14 @@ class SynthesisEngine:
     precision: "float32", "bfloat16", "float16" or "float64" for the products; by default the model's own. Noise,
     audio and the parameters of the transforms are never below float32. Where half precision would be slower than
     float32 it is float32 (`slow_precision_warning`), unless `even_if_slow`. queue: that of the layer steps on a CPU,
-    by default the one for the precision. Later changes to the model are not seen.
+    by default the one for the precision, and tile its columns at a time. Later changes to the model are not seen.
     """
 
     def __init__(
         self,
         model: "FlowVocoder",
         precision: str | None = None,
-        tile: int = TILE,
+        tile: int | None = None,
         even_if_slow: bool = False,
         queue: type[ConvQueue] | None = None,
     ) -> None:
@@ -114,7 +113,6 @@ class SynthesisEngine:
         self.config = model.config
         self.dtype = parameter.dtype if precision is None else PRECISIONS[precision]
         self.unit = 2**self.config.n_layer  # tiles are multiples of this
-        self.tile = max(1, tile // self.unit) * self.unit
         self.upsampler = copy.deepcopy(model.upsampler).requires_grad_(False)
         if parameter.is_cuda:
             from graphs import GraphEngine  # kernels for an accelerator: nobody else needs to import them
@@ -123,6 +121,7 @@ class SynthesisEngine:
         else:
             half = self.dtype in (torch.bfloat16, torch.float16)
             self.graphs, self.queue = None, queue or (DirectQueue if half else WinogradQueue)
+            self.tile = max(1, (tile or self.queue.TILE) // self.unit) * self.unit
             self.flows = fold_flows(model, self.dtype, self.queue.arrange)
 
     def __call__(self, mel: Tensor, z: Tensor) -> Tensor:
