@@ -52,7 +52,7 @@ class ConvQueue(ABC):
     clip: the input of every layer is zero there, as it is in the `margin` columns that stand for what lies outside.
     """
 
-    TILE: int
+    TILE: int  # columns at a time for each thread, by default
 
     def __init__(self, flow: FoldedFlow, width: int, tile: int, margin: int, silent: Sequence[range]) -> None:
         like, self.margin, self.silent, self.base = flow.front, margin, silent, 0
@@ -164,7 +164,7 @@ class _Planes(NamedTuple):
 class WinogradQueue(ConvQueue):
     """The inputs of the layers, and their transformed rows at half the columns."""
 
-    TILE = 2048  # columns at a time, by default: the operands of a product then stay in cache
+    TILE = 2048  # the operands of a product then stay in cache
 
     def __init__(self, flow: FoldedFlow, width: int, tile: int, margin: int, silent: Sequence[range]) -> None:
         super().__init__(flow, width, tile, margin, silent)

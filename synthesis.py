@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from model import FlowVocoder
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+MAX_THREADS = 4  # beyond which tiles grow no longer, since the buffers grow with them
 CONTEXT = 2  # mel frames on each side that the upsampler sees: its layers reach 1 + 1/stride + ... < 2 frames
 
 
@@ -121,7 +122,8 @@ class SynthesisEngine:
         else:
             half = self.dtype in (torch.bfloat16, torch.float16)
             self.graphs, self.queue = None, queue or (DirectQueue if half else WinogradQueue)
-            self.tile = max(1, (tile or self.queue.TILE) // self.unit) * self.unit
+            tile = tile or self.queue.TILE * min(torch.get_num_threads(), MAX_THREADS)
+            self.tile = max(1, tile // self.unit) * self.unit
             self.flows = fold_flows(model, self.dtype, self.queue.arrange)
 
     def __call__(self, mel: Tensor, z: Tensor) -> Tensor:
