@@ -98,6 +98,12 @@ class ConvQueue(ABC):
         self._gate(layer, self._parts[key], conditioning)
         self._update(layer, index, row, at)
 
+    @staticmethod
+    @abstractmethod
+    def lags(n_layer: int) -> list[int]:
+        """How many columns left of layer 0's input each layer's window ends: more than the dilation_w so far add up to,
+        and multiples of 2 dilation_w."""
+
     @abstractmethod
     def _find(self, index: int, place: Place, at: Window) -> NamedTuple:
         """The parts of the buffers that a step touches."""
@@ -184,6 +190,11 @@ class WinogradQueue(ConvQueue):
         products[2] *= -1
         return torch.cat([products, products[:, : 2 * taps.size(2)]], dim=1)
 
+    @staticmethod
+    def lags(n_layer: int) -> list[int]:
+        """As few as can be."""
+        return [2 ** (layer + 1) for layer in range(n_layer)]
+
     def roll(self, columns: int) -> None:
         super().roll(columns)
         for buffer in self._rows:
@@ -254,6 +265,12 @@ class DirectQueue(ConvQueue):
         """[3, 3, R, 2R] -> [3, 5R, 2R], left, here and right; rows [k R, (k + 3) R) fit rotation k of the ring."""
         products = taps.transpose(0, 1).flatten(1, 2)  # [3, 3R, 2R], oldest row first
         return torch.cat([products, products[:, : 2 * taps.size(2)]], dim=1)
+
+    @staticmethod
+    def lags(n_layer: int) -> list[int]:
+        """Whole units of 2^L columns, so that windows have few different lengths: for each that it has not seen lately
+        oneDNN, which multiplies half precision, generates code, and that takes longer than the product."""
+        return [(layer + 1) * 2**n_layer for layer in range(n_layer)]
 
     def _input(self, index: int, place: Place, at: Window) -> Tensor:
         columns = self._inputs[index - 1][self._columns(at), place.phase]

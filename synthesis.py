@@ -7,9 +7,9 @@ Paine et al., arXiv 1611.09482, used by WaveFlow, section 3.3). `folding.py` pre
 
 Long input. Row r of a flow needs its own row r - 1 at 2^L - 1 columns to either side (the sum of dilation_w), that
 row needs the one above, and so on: tiles cut straight down would need h times as many columns of overlap. So tiles
-lean: each row of a tile ends 2^L columns left of the row above, and each layer 2 dilation_w left of the layer
-below. Everything a tile needs was then made by itself or by the tile before, nothing is computed twice, the result
-is the same as without tiles, and memory does not grow with the length.
+lean: each layer's part of a row ends some columns left of what the layer before it made, and each row, 2^L at least,
+left of the row above. Everything a tile needs was then made by itself or by the tile before, nothing is computed
+twice, the result is the same as without tiles, and memory does not grow with the length.
 
 Many inputs. Clips lie side by side on one row of columns, far enough apart not to meet, and the columns between them
 are zeroed wherever a convolution would see them: each clip sounds as it does alone.
@@ -175,7 +175,10 @@ class _Run:
         self.flows, self.upsampler, self.unit = engine.flows, engine.upsampler, engine.unit
         self.clips, self.height = clips, clips[0].z.size(0)
         self.columns = math.ceil(clips[-1].stop / self.unit) * self.unit
-        self.lean = (self.height + 1) * self.unit  # how far left of a tile's end its last row and layer look
+        # how far left of its end a tile ends in each layer of row 0, and how much farther in each row below
+        self.layer_lags = engine.queue.lags(len(self.flows[0].layers))
+        self.row_lag = self.layer_lags[-1]
+        self.lean = (self.height + 1) * self.row_lag  # how far left of a tile's end its last row and layer look
         self.width = min(self.columns, self.lean + 4 * engine.tile)
         self.tile = min(engine.tile, self.width)
         self.base = self.filled = 0
@@ -203,7 +206,7 @@ class _Run:
         planes = z.new_zeros(2, self.height + 3, self.columns + 2)
         planes[1, 2:, 1:-1] = self.mask
         self._rewind()
-        for end in range(self.tile, self.columns + self.height * self.unit + self.tile, self.tile):
+        for end in range(self.tile, self.columns + self.height * self.row_lag + self.tile, self.tile):
             self._reach(min(end, self.columns))
             for row in range(self.height):
                 self._invert_row(flow, row, end, z, planes)
@@ -229,7 +232,7 @@ class _Run:
 
     def _window(self, end: int, row: int, layer: int) -> range:
         """The columns of a layer's row that belong to the tile ending at `end`: see the top of this file."""
-        stop = end - row * self.unit - 2 ** (layer + 1)
+        stop = end - row * self.row_lag - self.layer_lags[layer]
         return range(*(min(max(column, 0), self.columns) for column in (stop - self.tile, stop)))
 
     # --- what the buffers hold ---
