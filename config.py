@@ -193,6 +193,11 @@ class Config:
                 f"data_config.n_mel_channels {data.n_mel_channels}; make them equal"
             )
 
+    @property
+    def run_folder(self) -> Path:
+        """Where a run keeps its files."""
+        return Path(self.train_config.output_directory) / self.waveflow_config.model_name
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every key written out."""
         return asdict(self)

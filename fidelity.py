@@ -12,7 +12,6 @@ from data import load_synthesis_entry, read_file_list
 from evaluation import log_mel_distance
 from model import FlowVocoder, build_model
 from synthesis import SynthesisEngine, slow_precision_warning
-from train import run_folder
 
 TEMPERATURES = (0.6, 1.0)
 CLIPS = 40  # at most, the first of the test list
@@ -61,9 +60,9 @@ def measure_fidelity(config: Config, device: torch.device) -> list[dict[str, Any
 
 
 def _newest_model(config: Config, device: torch.device) -> tuple[FlowVocoder, str]:
-    found = ckpt.list_checkpoints(run_folder(config))
+    found = ckpt.list_checkpoints(config.run_folder)
     if not found:
-        raise InputError(f"no checkpoint in {run_folder(config)}; train first")
+        raise InputError(f"no checkpoint in {config.run_folder}; train first")
     content = ckpt.load_checkpoint(found[0])
     ckpt.check_config(content, config, str(found[0]))
     model = build_model(config.waveflow_config)

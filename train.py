@@ -54,7 +54,7 @@ Item = TypeVar("Item")
 def train(config: Config, options: argparse.Namespace, device: torch.device) -> int:
     """Train until `epochs`, --max_iterations, --max_hours or a signal; returns the exit status."""
     stop = StopRequest(options.max_hours)
-    folder = run_folder(config)
+    folder = config.run_folder
     with held_by_main(locked_run(folder)):
         start = on_main(lambda: starting_point(config, options))
         if options.warm_start and start is None:
@@ -94,7 +94,7 @@ def check_data(config: Config, options: argparse.Namespace, device: torch.device
     """Look at every clip of both lists; exit status 1 where a run would fail or learn the wrong thing."""
     training_files, test_files = map(read_file_list, (config.data_config.training_files, config.data_config.test_files))
     clips = on_main(lambda: inspect_corpus(training_files, test_files, config.data_config))
-    path = run_folder(config) / "data_check.csv"
+    path = config.run_folder / "data_check.csv"
     on_main(lambda: write_report(path, clips))
     print(f"{report_text(clips)}\nevery clip: {path}")
     return int(any(clip.severity == "error" for clip in clips))
@@ -105,7 +105,7 @@ def evaluate(config: Config, options: argparse.Namespace, device: torch.device) 
     clips = ClipDataset(share(read_file_list(config.data_config.test_files)), config.data_config)
     model, name = _load_model(config, options, device)
     results = gather(clip_likelihoods(model, clips, config.train_config.sigma, device))
-    path = run_folder(config) / "evaluation" / f"{name}.csv"
+    path = config.run_folder / "evaluation" / f"{name}.csv"
     on_main(lambda: write_likelihoods(path, results))
     sigma = config.train_config.sigma
     print(f"{name}: {summarise(results)}{'' if sigma == 1 else f', at sigma {sigma:g}'}\nper clip: {path}")
@@ -121,7 +121,7 @@ def synthesize(config: Config, options: argparse.Namespace, device: torch.device
     if (warning := slow_precision_warning(options.precision, device)) and is_main():
         print(f"warning: {warning}", file=sys.stderr)
     engine = SynthesisEngine(model, options.precision)
-    folder = run_folder(config) / "synthesis" / f"{name}_temp{options.temp:g}"
+    folder = config.run_folder / "synthesis" / f"{name}_temp{options.temp:g}"
     entries = share(list(enumerate(zip(files, output_names(files), strict=True))))
     clips = _prepare_clips(entries, config, mel_fn, model, options.temp)
     at_once = BATCH_SECONDS[device.type] if options.batch_seconds is None else options.batch_seconds
@@ -250,11 +250,6 @@ def _compare(folder: Path, output: str, recording: Tensor, audio: Tensor, mel_fn
 # --- where to start ---------------------------------------------------------------------------------------
 
 
-def run_folder(config: Config) -> Path:
-    """Where a run keeps its files."""
-    return Path(config.train_config.output_directory) / config.waveflow_config.model_name
-
-
 def starting_point(config: Config, options: argparse.Namespace) -> dict[str, Any] | None:
     """The checkpoint to start from: the one named, the average of the newest N, or None for fresh weights.
 
@@ -266,7 +261,7 @@ def starting_point(config: Config, options: argparse.Namespace) -> dict[str, Any
         return newest
     if n is None:
         return _load(Path(path), config, sources=[Path(path)]) if path else None
-    newest_first = ckpt.newest_checkpoints(path or run_folder(config), n)
+    newest_first = ckpt.newest_checkpoints(path or config.run_folder, n)
     average = ckpt.average_checkpoints(newest_first, options.epsilon)
     model = build_model(config.waveflow_config)
     ckpt.load_weights(model, average["model"])
@@ -295,14 +290,14 @@ def _write_average(target: Path, model: FlowVocoder, entries: dict[str, Any], ne
 def _load(path: Path, config: Config, sources: Sequence[Path] = ()) -> dict[str, Any]:
     start = ckpt.load_checkpoint(path)
     ckpt.check_config(start, config, str(path))
-    own = path.resolve().parent == run_folder(config).resolve()
+    own = path.resolve().parent == config.run_folder.resolve()
     name = path.name if own else f"{path.resolve().parent.name}_{path.name}"  # results of others do not meet its own
     return {**start, "name": name, "sources": sources}
 
 
 def _newest_whole(config: Config) -> dict[str, Any] | None:
     """The run's newest checkpoint that can be read, reporting the broken ones; None where there is none yet."""
-    for path in ckpt.list_checkpoints(run_folder(config)):
+    for path in ckpt.list_checkpoints(config.run_folder):
         try:
             ckpt.load_checkpoint(path)
         except InputError as error:
@@ -316,7 +311,7 @@ def _load_model(config: Config, options: argparse.Namespace, device: torch.devic
     start = on_main(lambda: starting_point(config, options) or _newest_whole(config))
     if start is None:
         raise InputError(
-            f"no checkpoint in {run_folder(config)}; train first, or name one: --set train_config.checkpoint_path=FILE"
+            f"no checkpoint in {config.run_folder}; train first, or name one: --set train_config.checkpoint_path=FILE"
         )
     averaged = config.train_config.ema_decay > 0 and "ema" in start
     print(f"weights: {start['name']}, iteration {start['iteration']}{', moving average' if averaged else ''}")
