@@ -36,7 +36,7 @@ test: $(VENV)/dev.stamp lint
 # The accelerator's kernels; without a GPU through Triton's interpreter. A PyTorch for CUDA brings its own Triton.
 test-kernels: $(VENV)/dev.stamp
 	$(BIN)/python -c 'import triton' || $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.9.0
-	$(BIN)/python -m pytest tests/test_kernels.py tests/test_graphs.py
+	$(BIN)/python -m pytest tests/fast/test_gpu_step.py tests/fast/test_gpu.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import DataConfig, InputError, section_from_dict
-from files import written_whole
-from torch_files import load_tensors
+from config import DataConfig, section_from_dict
+from harness.errors import InputError
+from harness.files import written_whole
+from harness.torch_files import load_tensors
 
 INT16_SCALE = 32_768.0  # full scale of 16-bit audio
 LOG_FLOOR = 1e-5  # smallest mel magnitude, as in Tacotron 2 and WaveGlow

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import Config, InputError
-from files import written_whole
-from torch_files import RefusedFile, load_tensors
+from config import Config
+from harness.errors import InputError
+from harness.files import written_whole
+from harness.torch_files import RefusedFile, load_tensors
 
 MEL_KEYS = {"sampling_rate", "filter_length", "hop_length", "win_length", "mel_fmin", "mel_fmax", "use_dbmel"}
 FILE_NAME = re.compile(r"waveflow_(\d{1,18})")

@@ -14,10 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message is one line: what was got, expected, what to do."""
-
+from harness.errors import InputError
 
 MAX_WEIGHTS = 2**31
 MAX_CHARACTERS = 2**20  # of an experiment file

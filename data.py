@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-import corpora
 from audio import MelSpectrogram, is_mel_file, read_mel, read_wav, rescale, shortest_audio, wav_length, write_mel
-from config import Config, DataConfig, InputError, load_config
-from runs import exit_status, leave_signals_to_the_main_process, worker_deaths_named
+from config import Config, DataConfig, load_config
+from corpora import recipes as corpora
+from harness.errors import InputError
+from harness.runs import exit_status, leave_signals_to_the_main_process, worker_deaths_named
 
 _ORDER, _CROP = 0, 1  # purposes of random numbers: each has streams of its own
 

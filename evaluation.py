@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import ClipDataset
-from files import written_whole
+from harness.files import written_whole
 from model import FlowVocoder
 from modules import gaussian_log_density
 

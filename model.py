@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import InputError, WaveFlowConfig, section_from_dict
-from estimator import BoundEstimator, Estimator, WinogradEstimator
+from config import WaveFlowConfig, section_from_dict
+from fast.engine import SynthesisEngine
+from fast.estimators import BoundEstimator, Estimator, WinogradEstimator
+from fast.winograd import Workspace
+from harness.errors import InputError
 from modules import (
     Affine,
     FlowEmbedding,
@@ -32,8 +35,6 @@ from modules import (
     squeeze,
     unsqueeze,
 )
-from synthesis import SynthesisEngine
-from winograd import Workspace
 
 
 class Sharing(NamedTuple):

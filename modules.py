@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import InputError, WaveFlowConfig
+from config import WaveFlowConfig
+from harness.errors import InputError
 from spline import rational_quadratic_spline
 
 SQRT_HALF = math.sqrt(0.5)

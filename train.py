@@ -20,10 +20,14 @@ from torch import Tensor
 
 import checkpoint as ckpt
 from audio import MelSpectrogram, is_mel_file, read_mel, wav_length, write_wav
-from config import Config, DataConfig, InputError, load_config
-from corpus_check import inspect_corpus, report_text, write_report
+from config import Config, DataConfig, load_config
+from corpora.check import inspect_corpus, report_text, write_report
 from data import ClipDataset, load_synthesis_entry, output_names, overlap_warning, read_file_list
-from distributed import (
+from evaluation import clip_likelihoods, log_mel_distance, noise_like, summarise, write_likelihoods
+from fast.engine import SynthesisEngine, slow_precision_warning
+from harness.errors import InputError
+from harness.log import save_mel_figure
+from harness.processes import (
     choose_device,
     gather,
     held_by_main,
@@ -34,13 +38,10 @@ from distributed import (
     share,
     world_size,
 )
-from evaluation import clip_likelihoods, log_mel_distance, noise_like, summarise, write_likelihoods
+from harness.runs import StopRequest, exit_status, locked_run, make_deterministic, record_start
 from model import FlowVocoder, build_model, count_parameters
-from precision import slow_half_warning
-from report import save_mel_figure
-from runs import StopRequest, exit_status, locked_run, make_deterministic, record_start
-from synthesis import SynthesisEngine, slow_precision_warning
-from trainer import Trainer, train_until
+from training.precision import slow_half_warning
+from training.trainer import Trainer, train_until
 
 # Seconds of audio synthesized at once. A clip does not fill a GPU; 60 s are within the largest of its buckets. On a
 # CPU only clips shorter than a tile of the engine gain from company, and wavs are to appear one after the other.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from checkpoint import load_strictly, read_torch_file, save_whole
-from config import InputError
+from harness.errors import InputError
 
 FILE_NAME = re.compile(r"glow_model_(\d+)\.pt")
 _IGNORED = "prior_h"  # a buffer of zeros in the published files

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import list_checkpoints
-from config import InputError
+from harness.errors import InputError
+from harness.runs import exit_status
 from image_density_experiments.checkpoint import FILE_NAME, load_checkpoint
 from image_density_experiments.figures import save_curves
 from image_density_experiments.model import build_model, count_parameters
 from image_density_experiments.trainer import EpochLog, StepLog
-from runs import exit_status
 
 
 class Run(NamedTuple):

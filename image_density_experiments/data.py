@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import InputError
 from data import CropLoader, ShuffledBatches
+from harness.errors import InputError
+from harness.runs import leave_signals_to_the_main_process
 from image_density_experiments.datasets import ImageData, Split
-from runs import leave_signals_to_the_main_process
 
 MAX_SHIFT = 0.1  # of the image's side
 _AUGMENT = 2  # a purpose of random numbers that the root's data.py does not use

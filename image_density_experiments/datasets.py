@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from config import InputError
-from corpora import RemoteFile, check_file, damage_named, download
-from files import written_whole
+from corpora.recipes import RemoteFile, check_file, damage_named, download
+from harness.errors import InputError
+from harness.files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

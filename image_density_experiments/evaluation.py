@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import written_whole
+from harness.files import written_whole
 from image_density_experiments.data import quantise, test_batches
 from image_density_experiments.datasets import Split
 from image_density_experiments.model import ImageFlow

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from files import written_whole
+from harness.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

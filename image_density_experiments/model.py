@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import InputError, section_from_dict
+from config import section_from_dict
+from harness.errors import InputError
 from image_density_experiments.checkpoint import load_weights as load_weights
 from image_density_experiments.memory import MEMORY_MODES
 from image_density_experiments.modules import (

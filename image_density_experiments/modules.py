@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import InputError
+from harness.errors import InputError
 from spline import MIN_BIN, rational_quadratic_spline
 
 SPLINE_BINS, TAIL_BOUND = 8, 5.0

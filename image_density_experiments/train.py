@@ -28,8 +28,10 @@ import numpy as np
 import torch
 
 from checkpoint import list_checkpoints, read_torch_file
-from config import DistConfig, InputError, section_from_dict
-from distributed import (
+from config import DistConfig, section_from_dict
+from harness.errors import InputError
+from harness.files import is_temporary
+from harness.processes import (
     choose_device,
     gather,
     held_by_main,
@@ -40,7 +42,7 @@ from distributed import (
     report_error,
     world_size,
 )
-from files import is_temporary
+from harness.runs import LOCK_NAME, StopRequest, exit_status, locked_run, record_start
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import to_pixels
 from image_density_experiments.datasets import DATASETS, ImageData, load_images
@@ -55,7 +57,6 @@ from image_density_experiments.model import (
     count_parameters,
 )
 from image_density_experiments.trainer import Trainer, TrainOptions, save_samples, train_until
-from runs import LOCK_NAME, StopRequest, exit_status, locked_run, record_start
 
 FOLDER = Path(__file__).resolve().parent
 RUN_FILES = ("glow_model_*.pt", "losses.csv", "epochs.csv", "config.json", "run_record.jsonl", "tensorboard")

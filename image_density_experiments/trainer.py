@@ -14,16 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint as root_checkpoint
-from config import InputError
-from distributed import agree, data_parallel, gather, is_main, mean, rank, share_of_batch, world_size
+from harness.errors import InputError
+from harness.log import NoLog, RunLog
+from harness.processes import agree, data_parallel, gather, is_main, mean, rank, share_of_batch, world_size
+from harness.runs import StopRequest, worker_deaths_named
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import make_train_loader, to_pixels
 from image_density_experiments.datasets import ImageData
 from image_density_experiments.evaluation import bits_per_dim, half_precision, one_hot
 from image_density_experiments.figures import save_image_rows
 from image_density_experiments.model import ImageFlow
-from report import NoLog, RunLog
-from runs import StopRequest, worker_deaths_named
 
 KEPT_CHECKPOINTS = 10
 

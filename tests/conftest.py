@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run on the CPU, to be tested
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from experiments import run, write_config, write_corpus
+from tests.support.experiments import run, write_config, write_corpus
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import audio
 from audio import MelSpectrogram, read_mel, read_wav, rescale, wav_length, write_mel, write_wav
-from config import DataConfig, InputError
+from config import DataConfig
+from harness.errors import InputError
 
 RATE = 22_050
 GOLDEN = Path(__file__).parent / "golden" / "mel.npz"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import checkpoint as ckpt
-from config import InputError
-from vocoders import random_input, random_vocoder
+from harness.errors import InputError
+from tests.support.vocoders import random_input, random_vocoder
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints_nanoflow"
 VARIANTS = [(c, t) for c in ("waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow") for t in ("affine", "spline")]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, InputError, TrainConfig, WaveFlowConfig, config_from_dict, load_config, section_from_dict
+from config import Config, TrainConfig, WaveFlowConfig, config_from_dict, load_config, section_from_dict
+from harness.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
 

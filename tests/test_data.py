@@ -11,7 +11,7 @@ import torch
 
 import data
 from audio import MelSpectrogram, read_wav, write_wav
-from config import DataConfig, InputError, config_from_dict
+from config import DataConfig, config_from_dict
 from data import (
     ClipDataset,
     CropDataset,
@@ -22,6 +22,7 @@ from data import (
     overlap_warning,
     read_file_list,
 )
+from harness.errors import InputError
 
 RATE = 22_050
 SMALL = DataConfig(segment_length=2_048)

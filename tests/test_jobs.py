@@ -12,16 +12,17 @@ import torch
 import checkpoint as ckpt
 import train
 from audio import MelSpectrogram, read_wav
-from config import InputError, load_config
+from config import load_config
 from data import ClipDataset, read_file_list
 from evaluation import clip_likelihoods
-from experiments import assert_same_wavs, fails, losses, run, wavs
+from fast.engine import SynthesisEngine
+from harness.errors import InputError
 from model import build_model
 from modules import FlowLoss
-from synthesis import SynthesisEngine
-from test_golden import GOLDEN, assert_near, golden_model, read
-from trainer import Trainer
-from vocoders import random_vocoder
+from tests.support.experiments import assert_same_wavs, fails, losses, run, wavs
+from tests.support.vocoders import random_vocoder
+from tests.test_golden import GOLDEN, assert_near, golden_model, read
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import InputError
+from harness.errors import InputError
 from model import build_model, count_parameters, row_orders
-from vocoders import random_input, random_vocoder, small_config
+from tests.support.vocoders import random_input, random_vocoder, small_config
 
 COUNTS = {  # training, synthesis; as published
     "waveflow-h16-r64": (5_950_180, 5_925_090),

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from config import InputError, WaveFlowConfig, section_from_dict
+from config import WaveFlowConfig, section_from_dict
+from harness.errors import InputError
 from modules import (
     Affine,
     FlowEmbedding,
@@ -17,7 +18,7 @@ from modules import (
     unsqueeze,
 )
 from spline import rational_quadratic_spline
-from vocoders import small_config
+from tests.support.vocoders import small_config
 
 
 def config(**changes):

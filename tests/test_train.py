@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import checkpoint as ckpt
-from experiments import RATE, ROOT, fails, losses, run
-from vocoders import random_vocoder
+from tests.support.experiments import RATE, ROOT, fails, losses, run
+from tests.support.vocoders import random_vocoder
 
 
 def test_training_writes_checkpoints_samples_and_a_log_that_improves(config, tmp_path, capsys):
@@ -102,7 +102,7 @@ def test_synthesis_computes_in_the_precision_asked_for(trained, capsys, monkeypa
     path, folder = trained
     sounds, warnings = {}, {}
     for fast in (True, False):
-        monkeypatch.setattr("synthesis.fast_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr("fast.engine.fast_bfloat16", lambda fast=fast: fast)
         for precision in ("float32", "bfloat16"):
             assert run("-c", path, "--synthesize", "--precision", precision) == 0
             sounds[fast, precision] = (folder / "synthesis" / "waveflow_8_temp1" / "clip6.wav").read_bytes()

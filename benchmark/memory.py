@@ -1,0 +1,45 @@
+"""The peak memory of a piece of work, measured in a fresh process of its own: nothing of what ran before is in it."""
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.errors import InputError
+
+
+def peak_memory(device: torch.device, work: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes that work(*arguments) takes at most; a function of a module and arguments that pickle.
+
+    On CUDA: the most that PyTorch had allocated. On a CPU: how far the resident set rose above what the new process
+    held before the call, which is Python with its libraries; what these load when they are first used is counted, some
+    80 MB in all. 0 where the system does not tell. Raises InputError where the process does not live to tell.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measure, device, work, arguments).result()
+        except BrokenProcessPool:
+            raise InputError("the process that measures memory was ended, most likely for taking too much") from None
+
+
+def _measure(device: torch.device, work: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
+    before = _resident("VmRSS")
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is resident
+    work(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    return _resident("VmHWM") - before
+
+
+def _resident(mark: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM)."""
+    if not Path("/proc/self/status").exists():
+        return 0
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(mark)))

@@ -1,0 +1,167 @@
+"""`train.py --check_data`: look at every clip of a corpus for what spoils a training, before it is started.
+
+Errors make a run fail or its figures meaningless; warnings are worth a look. Users of flow vocoders report NaN from
+silent and very short files: where the signal is constant, its density has no upper bound.
+"""
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from audio import INT16_SCALE, read_wav, shortest_audio, wav_length
+from config import DataConfig
+from harness.errors import InputError
+from harness.files import written_whole
+
+BLOCK = 2**20  # samples read at a time: memory does not grow with the clip
+CLIPPED_RUN = 3  # samples in a row at full scale; a single one may be a genuine peak
+FULL_SCALE = (INT16_SCALE - 1) / INT16_SCALE
+SHOWN = 20  # problems printed; the CSV has them all
+
+
+@dataclass
+class ClipReport:
+    """What was found in one clip; lengths in samples."""
+
+    file: str
+    list: str  # "train" or "test"
+    samples: int = 0
+    peak: float = 0.0
+    longest_constant: int = 0  # digital silence, or any other standing value
+    clipped: int = 0  # in runs of at least CLIPPED_RUN
+    content: str = ""  # hash of the samples, whatever the header
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def severity(self) -> str:
+        """The worst of it: error, warning or ok."""
+        return "error" if self.errors else "warning" if self.warnings else "ok"
+
+
+def inspect_corpus(
+    training_files: Sequence[str], test_files: Sequence[str], data_config: DataConfig
+) -> list[ClipReport]:
+    """A report per entry of the two lists, in order, duplicates between and within them included."""
+    clips = [ClipReport(file, "train") for file in training_files] + [ClipReport(file, "test") for file in test_files]
+    for clip in tqdm(clips, "check", unit="clip", disable=None):
+        try:
+            _measure(clip, data_config.sampling_rate)
+            _judge(clip, data_config)
+        except (InputError, OSError) as error:
+            clip.errors.append(str(error).removeprefix(f"{clip.file}: "))
+    _find_duplicates(clips)
+    return clips
+
+
+def _measure(clip: ClipReport, sampling_rate: int) -> None:
+    clip.samples = wav_length(clip.file, sampling_rate)
+    digest = hashlib.blake2b(digest_size=16)
+    constant, clipped = _LongestRun(), _LongestRun(at_least=CLIPPED_RUN)
+    previous = np.nan
+    for start in range(0, clip.samples, BLOCK):
+        block = read_wav(clip.file, sampling_rate, start, min(BLOCK, clip.samples - start)).numpy()
+        digest.update(block.tobytes())
+        clip.peak = max(clip.peak, float(np.abs(block).max()))
+        constant.add(np.diff(block, prepend=previous) == 0)
+        clipped.add(np.abs(block) >= FULL_SCALE)
+        previous = block[-1]
+    clip.content = digest.hexdigest()
+    clip.longest_constant = constant.longest() + 1  # n equal steps are n + 1 equal samples
+    clip.clipped = clipped.total()
+
+
+class _LongestRun:
+    """Runs of True in a sequence given block by block: the longest, and the sum of those at least so long."""
+
+    def __init__(self, at_least: int = 1) -> None:
+        self.at_least, self._open, self._longest, self._total = at_least, 0, 0, 0
+
+    def add(self, flags: np.ndarray) -> None:
+        if not len(flags):
+            return
+        edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
+        runs = edges[1::2] - edges[::2]  # lengths
+        if flags[0]:
+            runs[0] += self._open
+        else:
+            self._close(self._open)
+        self._open = 0
+        if flags[-1]:
+            self._open, runs = int(runs[-1]), runs[:-1]
+        for run in runs[runs >= self.at_least]:
+            self._close(int(run))
+
+    def _close(self, run: int) -> None:
+        if run >= self.at_least:
+            self._longest, self._total = max(self._longest, run), self._total + run
+
+    def longest(self) -> int:
+        """Call after the last block."""
+        return max(self._longest, self._open)
+
+    def total(self) -> int:
+        """Call after the last block."""
+        return self._total + (self._open if self._open >= self.at_least else 0)
+
+
+def _judge(clip: ClipReport, config: DataConfig) -> None:
+    seconds = clip.longest_constant / config.sampling_rate
+    shortest = -(-shortest_audio(config) // config.hop_length) * config.hop_length
+    if clip.list == "test" and clip.samples < shortest:
+        clip.errors.append(f"too short: {clip.samples} samples, at least {shortest} are needed")
+    elif clip.list == "train" and clip.samples < config.segment_length:
+        clip.warnings.append(f"short: {clip.samples} samples, its crops end in zeros up to {config.segment_length}")
+    if clip.longest_constant == clip.samples:
+        clip.errors.append("silent: every sample is the same")
+    elif clip.longest_constant >= config.segment_length:
+        clip.errors.append(f"{seconds:.2f} s of digital silence in a row, so that a whole crop can be silent")
+    elif clip.longest_constant >= config.filter_length:
+        clip.warnings.append(f"{seconds:.2f} s of digital silence in a row")
+    if clip.clipped:
+        clip.warnings.append(f"clipped: {clip.clipped} samples at full scale")
+
+
+def _find_duplicates(clips: Sequence[ClipReport]) -> None:
+    first: dict[str, ClipReport] = {}
+    for clip in clips:  # training clips come first
+        if not clip.content:
+            continue
+        earlier = first.setdefault(clip.content, clip)
+        if earlier is clip:
+            continue
+        if earlier.list != clip.list:
+            clip.errors.append(f"the same audio as training clip {earlier.file}")
+        else:
+            clip.warnings.append(f"the same audio as {earlier.file}")
+
+
+def write_report(path: Path, clips: Sequence[ClipReport]) -> None:
+    """One CSV row per clip."""
+    columns = ("list", "file", "severity", "samples", "peak", "longest_constant", "clipped")
+    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, "problems"])
+        for clip in clips:
+            problems = "; ".join(clip.errors + clip.warnings)
+            writer.writerow([*(getattr(clip, column) for column in columns), problems])
+
+
+def report_text(clips: Sequence[ClipReport]) -> str:
+    """Counts, and the first problems, errors before warnings."""
+    count = Counter(clip.severity for clip in clips)
+    lines = [
+        f"{clip.severity}: {clip.file}: {'; '.join(clip.errors + clip.warnings)}"
+        for severity in ("error", "warning")
+        for clip in clips
+        if clip.severity == severity
+    ]
+    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    total = f"{len(clips)} clips: {count['error']} with errors, {count['warning']} with warnings, {count['ok']} good"
+    return "\n".join([*lines[:SHOWN], *more, total])

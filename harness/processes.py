@@ -1,0 +1,245 @@
+"""Devices and processes. On one process every function is a no-op, so the loops have no branches.
+
+Several processes, one for each device, are started by torchrun, which tells each its place in RANK, WORLD_SIZE and
+LOCAL_RANK. They compute the same things except where `share` divides them; the main one, rank 0, writes and speaks.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import DistConfig
+from harness.errors import InputError
+from harness.runs import StopRequest
+
+TIMEOUT = timedelta(minutes=30)  # for a process that hangs; one that dies is noticed at once
+_LOST = ("gloo", "nccl", "connection closed", "connection reset")  # in what torch says when a process is gone
+
+Result = TypeVar("Result")
+
+
+class SaidByMain(InputError):
+    """An error of the main process, raised in the others too; it has said what it is."""
+
+
+# --- devices ----------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device asked for, or the best there is; each of several processes gets a CUDA device of its own.
+
+    Raises InputError where it is not there.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: unknown; expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: not supported; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and _place()[1] > 1:
+        if device.index is not None:
+            raise InputError(f"--device {name}: several processes cannot share one device; give --device cuda")
+        device = torch.device("cuda", _number("LOCAL_RANK"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: not there; this machine shows {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def data_parallel(model: nn.Module, device: torch.device, find_unused: bool = False) -> nn.Module:
+    """The model as the training step calls it.
+
+    Among several processes, gradients are averaged over them; find_unused: where a step may leave parameters out. A
+    process that is alone spreads its batch over all visible GPUs, as published, unless one was named or there is but
+    one.
+    """
+    if world_size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, find_unused_parameters=find_unused)
+    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
+        return nn.DataParallel(model)
+    return model
+
+
+def gradients_stay(model: nn.Module) -> AbstractContextManager:
+    """Within it, backward passes through what `data_parallel` gave add up gradients without averaging them yet."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+# --- processes --------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(config: DistConfig, device: torch.device) -> Iterator[None]:
+    """Be one of the processes that torchrun started, if it did; only the main one prints to stdout inside.
+
+    InputError where they do not meet, or where one is lost.
+    """
+    own_rank, n_ranks = _place()
+    if n_ranks == 1:
+        yield
+        return
+    backend = "gloo"  # of the CPU: nccl knows none
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = f"cpu:gloo,cuda:{config.dist_backend}"
+    url = _meeting_place(config.dist_url)
+    try:
+        dist.init_process_group(backend, init_method=url, rank=own_rank, world_size=n_ranks, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"dist_config.dist_url {url}: {n_ranks} processes did not meet ({_first_line(error)}); "
+            "--set dist_config.dist_url=env:// leaves the place to torchrun"
+        ) from None
+    with ExitStack() as stack:
+        if own_rank:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_loss(error):
+                raise
+            raise InputError(
+                f"another process of this run died or cannot be reached ({_first_line(error)}); the checkpoints are "
+                "intact: go on with --resume latest"
+            ) from None
+    dist.destroy_process_group()
+
+
+def report_error(error: Exception) -> None:
+    """One line on stderr, with the process's number if it is not the main one; what that has said is not repeated."""
+    if not isinstance(error, SaidByMain):
+        number = os.environ.get("RANK", "0")
+        print(f"error: {'' if number == '0' else f'process {number}: '}{error}", file=sys.stderr)
+
+
+def _place() -> tuple[int, int]:
+    """(rank, number of processes) as the environment says."""
+    n_ranks = _number("WORLD_SIZE", 1)
+    if n_ranks < 2:
+        return 0, 1
+    own_rank = _number("RANK")
+    if own_rank >= n_ranks:
+        raise InputError(f"environment: RANK {own_rank} of WORLD_SIZE {n_ranks}; start the processes with torchrun")
+    return own_rank, n_ranks
+
+
+def _number(variable: str, default: int | None = None) -> int:
+    text = os.environ.get(variable, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise InputError(f"environment: {variable} {text!r}: expected a number; start the processes with torchrun")
+    return int(text)
+
+
+def _meeting_place(url: str) -> str:
+    # The published configs meet at a port of localhost, which processes on several machines cannot.
+    here_only = any(name in url for name in ("localhost", "127.0.0.1", "[::1]"))
+    several_machines = _number("WORLD_SIZE", 1) > _number("LOCAL_WORLD_SIZE", _number("WORLD_SIZE", 1))
+    return "env://" if not url or (here_only and several_machines) else url
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST)
+
+
+def _first_line(error: Exception) -> str:
+    """The first sentence of what torch says, without the place in its source."""
+    text = re.sub(r"^\[\S*\] ", "", str(error).strip()).split("\n")[0].split(". ")[0]
+    return text[:200].rstrip(". ") or type(error).__name__
+
+
+# --- work divided and results put together ----------------------------------------------------------------
+
+
+def share(items: Sequence[Result]) -> list[Result]:
+    """This process's part of a list: every item is in exactly one part."""
+    return list(items[rank() :: world_size()])
+
+
+def share_of_batch(batch: Tensor) -> Tensor:
+    """This process's rows of a whole batch [B, ...], as the loaders share it."""
+    return batch.chunk(world_size())[rank()]
+
+
+def gather(part: list[Result] | None) -> list[Result] | None:
+    """The results of all processes for their `share`, in the order of the whole list; None where one gave None."""
+    if world_size() == 1:
+        return part
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, part)
+    if any(part is None for part in parts):
+        return None
+    whole: list[Any] = [None] * sum(map(len, parts))
+    for number, part in enumerate(parts):
+        whole[number :: len(parts)] = part
+    return whole
+
+
+def on_main(work: Callable[[], Result]) -> Result:
+    """What `work` returns, done by the main process only; its InputError or OSError is raised in all."""
+    if world_size() == 1:
+        return work()
+    answer: list[Any] = [None, None]
+    error = None
+    if is_main():
+        try:
+            answer[0] = work()
+        except (InputError, OSError) as raised:
+            error, answer[1] = raised, str(raised)
+    dist.broadcast_object_list(answer, src=0)
+    if error is not None:
+        raise error
+    if answer[1] is not None:
+        raise SaidByMain(answer[1])
+    return answer[0]
+
+
+@contextmanager
+def held_by_main(context: AbstractContextManager) -> Iterator[None]:
+    """A `with` that only the main process enters, such as a lock; what it refuses is raised in all."""
+    with ExitStack() as stack:
+        on_main(lambda: stack.enter_context(context) and None)
+        yield
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean over processes of a tensor, which is overwritten; on the device, without waiting for it."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def agree(stop: StopRequest) -> bool:
+    """Whether any process is to stop; then all are, for the same reason."""
+    if world_size() > 1:
+        asked = torch.tensor([stop.signal or 0, bool(stop)])
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        stop.signal = int(asked[0]) or None
+        return bool(asked[1])
+    return bool(stop)

@@ -1,0 +1,36 @@
+"""The subproject's README states commands that parse, and parameter counts that are so."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from image_density_experiments.model import ImageModelConfig, build_model, count_parameters
+from image_density_experiments.train import parse_arguments
+
+README = (Path(__file__).parents[2] / "image_density_experiments" / "README.md").read_text(encoding="utf-8")
+HEADER = re.search(r"^\| row \|.*?train\.py (--.*?)` and \|$", README, re.MULTILINE)[1].split()
+ROWS = re.findall(r"^\| (.+?) \| ([\d,]+)(?: \(ours\))? \| `(--model_type .+?)` \|$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^python image_density_experiments/train\.py ([^#\n]*)", README, re.MULTILINE)
+
+
+def test_the_table_has_all_rows():
+    assert len(ROWS) == 10 and len(COMMANDS) == 3
+
+
+@pytest.mark.parametrize(("name", "count", "flags"), ROWS)
+def test_the_command_of_a_row_builds_a_model_of_its_size(name, count, flags):
+    options = vars(parse_arguments([*HEADER, *flags.split()]))
+    assert (options["dataset"], options["epochs"], options["seed"]) == ("cifar10", 3000, 1234)
+    given = {
+        field.name: options[field.name] for field in fields(ImageModelConfig) if options.get(field.name) is not None
+    }
+    with torch.device("meta"):
+        assert count_parameters(build_model(**given)) == int(count.replace(",", ""))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_commands_parse(command):
+    assert parse_arguments(command.split()).epochs == 3000

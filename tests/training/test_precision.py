@@ -1,0 +1,132 @@
+import copy
+import sys
+import types
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from config import TrainConfig
+from harness.errors import InputError
+from modules import FlowLoss
+from tests.support.vocoders import random_input, random_vocoder
+from training.precision import ApexAmp, Precision, TorchAmp, make_precision
+
+
+def make(**settings):
+    model = random_vocoder()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    return model, optimizer, make_precision(TrainConfig(**settings), model, optimizer)
+
+
+def run(steps=3, **settings):
+    model, _, precision = make(**settings)
+    audio, mel = random_input(model)
+    losses = []
+    for _ in range(steps):
+        with precision.autocast():
+            outputs = model(audio, mel)
+        loss = FlowLoss()(outputs)
+        precision.step(loss)
+        losses.append(loss.item())
+    return losses
+
+
+def test_bfloat16_training_stays_near_float32():
+    full, half = run(), run(fp16_run=True)
+    assert full != half
+    assert full == pytest.approx(half, abs=0.02)
+    assert full[-1] < full[0]
+
+
+def test_gradients_are_clipped_to_the_configured_norm():
+    model, _, precision = make(max_grad_norm=0.1)
+    norm = precision.step(1000 * FlowLoss()(model(*random_input(model))))
+    clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm > 1
+    torch.testing.assert_close(clipped, torch.tensor(0.1))
+
+
+def test_the_config_chooses_the_kind():
+    assert type(make()[2]) is Precision
+    assert type(make(fp16_run=True)[2]) is TorchAmp
+
+
+def test_a_missing_apex_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(InputError, match=r'Apex is not installed.*amp_backend to "torch"'):
+        make(fp16_run=True, amp_backend="apex")
+
+
+def test_the_other_package_called_apex_is_detected(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    with pytest.raises(InputError, match=r"has no amp .* another project"):
+        make(fp16_run=True, amp_backend="apex")
+
+
+def apex_double():
+    """A module with Apex's interface that scales by 1: what our side calls, and with what."""
+    calls = []
+
+    @contextmanager
+    def scale_loss(loss, optimizer, delay_unscale=False):
+        calls.append("scale_loss")
+        yield loss
+
+    apex = types.ModuleType("apex")
+    apex.amp = types.SimpleNamespace(
+        scale_loss=scale_loss,
+        initialize=lambda model, optimizer, **options: calls.append(options),
+        master_params=lambda optimizer: [p for group in optimizer.param_groups for p in group["params"]],
+        state_dict=lambda: {"loss_scaler0": {}},
+        load_state_dict=calls.append,
+    )
+    return apex, calls
+
+
+def test_apex_needs_cuda(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", apex_double()[0])
+    with pytest.raises(InputError, match="needs a CUDA device"):
+        make(fp16_run=True, amp_backend="apex")
+
+
+def test_apex_steps_as_plain_training_does_where_nothing_is_scaled(monkeypatch):
+    apex, calls = apex_double()
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    plain, _, precision = make()
+    model = random_vocoder()
+    audio, mel = random_input(model)
+    expected = precision.step(FlowLoss()(plain(audio, mel)))
+
+    half = ApexAmp(model, torch.optim.Adam(model.parameters(), lr=1e-3), max_grad_norm=5.0)
+    norm = half.step(FlowLoss()(model(audio, mel)))
+    torch.testing.assert_close(norm, expected)
+    assert calls == [{"opt_level": "O1", "verbosity": 0}, "scale_loss"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("spoil", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(fused, spoil):
+    model = random_vocoder()
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    precision = Precision(model, optimizer, max_grad_norm=5.0)
+    audio, mel = random_input(model)
+    precision.step(FlowLoss()(model(audio, mel)))
+    before = [p.clone() for p in model.parameters()]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+
+    loss = FlowLoss()(model(audio, mel))
+    if spoil == "loss":
+        loss = loss + torch.tensor(float("inf"))  # whose gradient is finite
+    else:
+        handle = model.upsampler.convs[0].bias.register_hook(lambda gradient: gradient * float("nan"))
+    precision.step(loss)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for index, entries in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[index][name]) for name, value in entries.items())
+
+    if spoil == "gradient":
+        handle.remove()
+    precision.step(FlowLoss()(model(audio, mel)))
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
