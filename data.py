@@ -1,7 +1,7 @@
 """Data as it walks to the model: file lists, training crops, whole clips, the loader; and `python data.py`.
 
-Every random choice comes from a generator seeded by (purpose, seed, epoch, index), never from a global one, so the
-data order depends neither on the number of workers nor on where a run was resumed.
+Random choices come from `random_stream`, by seed, epoch and index, so what a crop is depends neither on the number of
+workers nor on where a run was resumed.
 """
 
 import argparse
@@ -10,27 +10,21 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from audio import MelSpectrogram, is_mel_file, read_mel, read_wav, rescale, shortest_audio, wav_length, write_mel
 from config import Config, DataConfig, load_config
-from corpora import recipes as corpora
+from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
 from harness.errors import InputError
-from harness.runs import exit_status, leave_signals_to_the_main_process, worker_deaths_named
+from harness.runs import exit_status
 
-_ORDER, _CROP = 0, 1  # purposes of random numbers: each has streams of its own
-
-
-def _random(*key: int) -> np.random.Generator:
-    return np.random.default_rng(key)
+_CROP = 1  # a purpose of random numbers; 0 is the order of batches
 
 
 # --- file lists -----------------------------------------------------------------------------------------------
@@ -130,7 +124,7 @@ class CropDataset(Dataset):
         context = -(-(self.config.filter_length // 2) // hop) * hop if aligned else 0  # whole frames
 
         room = max(0, self.lengths[index] - segment)
-        start = step * int(_random(_CROP, self.seed, epoch, index).integers(room // step + 1))
+        start = step * int(random_stream(_CROP, self.seed, epoch, index).integers(room // step + 1))
         before = min(start, context)
         stop = min(start + segment + context, self.lengths[index])
         stretch = self._read(index, start - before, stop)
@@ -215,77 +209,16 @@ def _whole_frames(length: int, path: str, config: DataConfig) -> int:
 # --- batches --------------------------------------------------------------------------------------------------
 
 
-class ShuffledBatches(Sampler[list[tuple[int, int]]]):
-    """Endless batches of CropDataset keys: a new permutation every epoch, its incomplete last batch dropped.
-
-    Batch number `start_batch` (counted from the start of training) comes first, so a resumed run goes on exactly
-    where it stopped. Of each global batch of `batch_size`, rank r of world_size takes the r-th slice.
-    """
-
-    def __init__(
-        self, n_clips: int, batch_size: int, seed: int, start_batch: int = 0, rank: int = 0, world_size: int = 1
-    ) -> None:
-        if n_clips < batch_size:
-            raise InputError(
-                f"{n_clips} training clips are fewer than train_config.batch_size {batch_size}: not one batch; "
-                "list more clips or lower batch_size"
-            )
-        if batch_size % world_size:
-            raise InputError(
-                f"train_config.batch_size {batch_size} cannot be shared evenly by {world_size} processes; "
-                f"choose a multiple of {world_size}"
-            )
-        self.n_clips, self.batch_size, self.seed, self.start_batch = n_clips, batch_size, seed, start_batch
-        self._epoch, self._order = -1, []  # of the last batch made
-        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Optimiser steps in one pass over the clips."""
-        return self.n_clips // self.batch_size
-
-    def batch(self, number: int) -> list[tuple[int, int]]:
-        """Keys of global batch `number`, of all ranks."""
-        epoch, position = divmod(number, self.batches_per_epoch)
-        if self._epoch != epoch:
-            self._epoch, self._order = epoch, _random(_ORDER, self.seed, epoch).permutation(self.n_clips).tolist()
-        return [(epoch, index) for index in self._order[position * self.batch_size :][: self.batch_size]]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for number in itertools.count(self.start_batch):
-            yield self.batch(number)[self.share]
-
-
-class CropLoader(DataLoader):
-    """A DataLoader in which a worker's InputError stays the one line it was, without the worker's traceback."""
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        try:
-            with worker_deaths_named():
-                yield from super().__iter__()
-        except InputError as error:
-            error.__traceback__ = None  # a cycle through the frames that hold the workers; they would linger
-            raise InputError(str(error).rstrip().rpartition("InputError: ")[-1]) from None
-
-
-def make_train_loader(config: Config, start_batch: int = 0, rank: int = 0, world_size: int = 1) -> CropLoader:
+def make_train_loader(config: Config, start_batch: int = 0, rank: int = 0, world_size: int = 1) -> BatchLoader:
     """Endless training batches (audio [B, T], mel [B, 80, F]) from global batch number `start_batch` on.
 
-    The same batches whatever the number of workers; the global random state is neither read nor moved.
+    The same batches whatever the number of workers.
     """
     train = config.train_config
     dataset = CropDataset(read_file_list(config.data_config.training_files), config.data_config, train.seed)
+    check_batch_size(train.batch_size, len(dataset), world_size, "train_config.batch_size", "training clips")
     batches = ShuffledBatches(len(dataset), train.batch_size, train.seed, start_batch, rank, world_size)
-    return CropLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=train.num_workers,
-        persistent_workers=train.num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_signals_to_the_main_process,
-        # DataLoader draws a seed for its workers even if they need none; left alone, from the global generator.
-        generator=torch.Generator().manual_seed(train.seed),
-    )
+    return BatchLoader(dataset, train.num_workers, train.seed, batch_sampler=batches)
 
 
 # --- command line ---------------------------------------------------------------------------------------------
@@ -298,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from corpora.command import add_commands  # the recipes stand above this room, and only this command line needs them
+
     parser = argparse.ArgumentParser(prog="data.py", description="Prepare corpora, and mels of recordings.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -308,16 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     mel.add_argument("wavs", metavar="WAV", nargs="*", help="16-bit mono wavs")
     mel.set_defaults(run=_save_mels)
 
-    ljspeech = commands.add_parser("ljspeech", help="download, check and unpack LJSpeech 1.1 (2.7 GB); write its lists")
-    ljspeech.add_argument("folder", metavar="DIR", help="where the corpus and its two lists go")
-    source = ljspeech.add_mutually_exclusive_group()
-    source.add_argument("--archive", metavar="FILE", help="a local LJSpeech-1.1.tar.bz2, instead of downloading it")
-    source.add_argument("--folder", metavar="DIR", dest="unpacked", help="an unpacked LJSpeech-1.1, used where it is")
-    ljspeech.set_defaults(run=_prepare_ljspeech)
-
-    demo = commands.add_parser("demo", help="make the demo corpus: five minutes of speech by espeak-ng, offline")
-    demo.add_argument("folder", metavar="DIR", help="where the wavs and their two lists go")
-    demo.set_defaults(run=_make_demo)
+    add_commands(commands)
     return parser
 
 
@@ -331,23 +257,6 @@ def _save_mels(options: argparse.Namespace) -> None:
         _, _, mel = clips[index]
         write_mel(Path(options.output, name), mel)
     print(f"{len(wavs)} mels in {options.output}")
-
-
-def _prepare_ljspeech(options: argparse.Namespace) -> None:
-    lists = corpora.prepare_corpus(options.folder, corpora.LJSPEECH, options.archive, options.unpacked)
-    _print_lists(lists)
-
-
-def _make_demo(options: argparse.Namespace) -> None:
-    lists, finished = corpora.make_demo_corpus(options.folder)
-    print(f"{options.folder}: " + ("already complete, kept" if finished else "demo corpus made"))
-    _print_lists(lists)
-
-
-def _print_lists(lists: corpora.FileLists) -> None:
-    print(
-        f"training: {lists.n_train} clips in {lists.training_files}\ntest: {lists.n_test} clips in {lists.test_files}"
-    )
 
 
 if __name__ == "__main__":

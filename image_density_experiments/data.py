@@ -1,24 +1,21 @@
 """Images as they walk to the model: quantised, augmented, in batches.
 
-Every random choice comes from a generator seeded by (purpose, seed, epoch, index), so batches depend neither on the
-number of workers nor on where a run was resumed.
+Random choices come from `random_stream`, by seed, epoch and index, so batches depend neither on the number of workers
+nor on where a run was resumed.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import CropLoader, ShuffledBatches
-from harness.errors import InputError
-from harness.runs import leave_signals_to_the_main_process
+from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
 from image_density_experiments.datasets import ImageData, Split
 
 MAX_SHIFT = 0.1  # of the image's side
-_AUGMENT = 2  # a purpose of random numbers that the root's data.py does not use
+_AUGMENT = 2  # a purpose of random numbers; 0 is the order of batches
 
 
 def quantise(image: np.ndarray, n_bits: int) -> Tensor:
@@ -71,7 +68,7 @@ class QuantisedImages(Dataset):
         epoch, index = key
         image = self.split.images[index]
         if self.seed is not None:
-            random = np.random.default_rng((_AUGMENT, self.seed, epoch, index))
+            random = random_stream(_AUGMENT, self.seed, epoch, index)
             image = augment(image, random, self.shift, self.flip)
         label = 0 if self.split.labels is None else int(self.split.labels[index])
         return quantise(image, self.n_bits), label
@@ -87,34 +84,19 @@ def make_train_loader(
     start_batch: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> CropLoader:
+) -> BatchLoader:
     """Endless shuffled training batches (x [B, C, H, W], labels [B]) from batch number `start_batch` on.
 
     Of several processes each gets its part of the same batches.
     """
-    if len(data.train.images) < batch_size:
-        raise InputError(
-            f"{len(data.train.images)} training images are fewer than --batch_size {batch_size}: not one batch; "
-            "lower --batch_size or add images"
-        )
     dataset = QuantisedImages(data.train, n_bits, seed, data.shift and augmented, data.flip and augmented)
+    check_batch_size(batch_size, len(dataset), world_size, "--batch_size", "training images")
     batches = ShuffledBatches(len(dataset), batch_size, seed, start_batch, rank, world_size)
-    return _loader(dataset, n_workers, batch_sampler=batches, persistent_workers=n_workers > 0)
+    return BatchLoader(dataset, n_workers, batch_sampler=batches)
 
 
 def test_batches(split: Split, n_bits: int, batch_size: int, n_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a split in order, as (x [B, C, H, W], labels [B])."""
     dataset = QuantisedImages(split, n_bits)
     keys = [(0, index) for index in range(len(dataset))]
-    return iter(_loader(dataset, n_workers, sampler=keys, batch_size=batch_size))
-
-
-def _loader(dataset: QuantisedImages, n_workers: int, **options: Any) -> CropLoader:
-    return CropLoader(
-        dataset,
-        num_workers=n_workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_signals_to_the_main_process,
-        generator=torch.Generator().manual_seed(0),  # DataLoader draws from it; left alone, from the global one
-        **options,
-    )
+    return iter(BatchLoader(dataset, n_workers, sampler=keys, batch_size=batch_size))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from corpora.recipes import RemoteFile, check_file, damage_named, download
+from harness.downloads import RemoteFile, check_file, damage_named, download
 from harness.errors import InputError
 from harness.files import written_whole
 

@@ -24,7 +24,8 @@ from scipy.io import savemat
 import checkpoint as ckpt
 from audio import MelSpectrogram, read_mel, read_wav, wav_length, write_wav
 from config import load_config
-from corpora.recipes import Corpus, RemoteFile, prepare_corpus
+from corpora.ljspeech import Corpus, prepare_corpus
+from harness.downloads import RemoteFile
 from harness.errors import InputError
 from image_density_experiments import checkpoint as image_ckpt
 from image_density_experiments import datasets

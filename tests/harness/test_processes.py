@@ -13,7 +13,7 @@ import torch
 
 import checkpoint as ckpt
 import train
-from data import ShuffledBatches
+from harness.batches import ShuffledBatches
 from harness.errors import InputError
 from harness.processes import agree, choose_device, gather, mean, on_main, share
 from harness.runs import StopRequest

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imsave
 from scipy.io import savemat
 
-from corpora.recipes import RemoteFile
+from harness.downloads import RemoteFile
 from harness.errors import InputError
 from image_density_experiments import datasets
 from image_density_experiments.datasets import load_images
