@@ -23,10 +23,9 @@ from audio import MelSpectrogram, is_mel_file, read_mel, wav_length, write_wav
 from config import Config, DataConfig, load_config
 from corpora.check import inspect_corpus, report_text, write_report
 from data import ClipDataset, load_synthesis_entry, output_names, overlap_warning, read_file_list
-from evaluation import clip_likelihoods, log_mel_distance, noise_like, summarise, write_likelihoods
+from evaluation import clip_likelihoods, log_mel_distance, noise_like, save_mel_figure, summarise, write_likelihoods
 from fast.engine import SynthesisEngine, slow_precision_warning
 from harness.errors import InputError
-from harness.log import save_mel_figure
 from harness.processes import (
     choose_device,
     gather,

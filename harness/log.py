@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation import Likelihood
+from evaluation import Likelihood, mel_figure
 from harness.files import Appended, written_whole
 
 if TYPE_CHECKING:
@@ -118,24 +118,3 @@ class NoLog:
         """Nothing, as all of them."""
 
     scalar = likelihood = sample = close = steps
-
-
-def mel_figure(mels: dict[str, Tensor]) -> "Figure":
-    """A matplotlib figure of mel spectrograms [80, F] one under the other, on one colour scale."""
-    from matplotlib.figure import Figure
-
-    low = min(mel.min().item() for mel in mels.values())
-    high = max(mel.max().item() for mel in mels.values())
-    figure = Figure(figsize=(10, 2.6 * len(mels)), layout="constrained")
-    for index, (name, mel) in enumerate(mels.items()):
-        axes = figure.add_subplot(len(mels), 1, index + 1)
-        image = axes.imshow(mel.float().cpu().numpy(), origin="lower", aspect="auto", vmin=low, vmax=high)
-        axes.set(title=name, xlabel="frame", ylabel="mel band")
-        figure.colorbar(image, ax=axes, label="log magnitude")
-    return figure
-
-
-def save_mel_figure(path: Path, mels: dict[str, Tensor]) -> None:
-    """The same as a PNG file."""
-    with written_whole(path) as temporary:
-        mel_figure(mels).savefig(temporary, format="png", dpi=100)

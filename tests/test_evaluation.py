@@ -1,9 +1,11 @@
 import csv
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from evaluation import ClipLikelihood, log_mel_distance, noise_like, summarise, write_likelihoods
+from evaluation import ClipLikelihood, log_mel_distance, noise_like, save_mel_figure, summarise, write_likelihoods
 
 CLIPS = [ClipLikelihood("a.wav", 100, 4.0, -1.0, 5.0), ClipLikelihood("b.wav", 300, 2.0, -1.5, 3.5)]
 
@@ -31,3 +33,12 @@ def test_log_mel_distance_is_over_common_frames():
 def test_comparison_noise_has_the_power_of_the_recording():
     recording = 0.1 * torch.sin(torch.arange(20_000) / 10)
     assert noise_like(recording).square().mean().item() == pytest.approx(recording.square().mean().item(), rel=0.05)
+
+
+def test_mel_picture_shows_each_mel(tmp_path):
+    path = tmp_path / "mels.png"
+    mel = torch.linspace(-11, 1, 80).unsqueeze(1).expand(80, 40)
+    save_mel_figure(path, {"recording": mel, "synthesis": mel.flip(0)})
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert picture.shape[0] > 400
+    assert picture.std() > 20
