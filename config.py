@@ -14,10 +14,16 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from harness.errors import InputError
+from harness.errors import InputError, Remedies
 
 MAX_WEIGHTS = 2**31
 MAX_CHARACTERS = 2**20  # of an experiment file
+REMEDIES = Remedies(
+    resume="the checkpoints are intact: go on with --resume latest",
+    weights_only="--warm_start takes its weights only",
+    worker_died="the checkpoints are intact: go on with --resume latest, with fewer workers (train_config.num_workers) "
+    "if it happens again",
+)  # of train.py; here, below every room that gives advice
 COUPLING_TYPES = ("waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow")
 
 

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from audio import MelSpectrogram, is_mel_file, read_mel, read_wav, rescale, shortest_audio, wav_length, write_mel
-from config import Config, DataConfig, load_config
+from config import REMEDIES, Config, DataConfig, load_config
 from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
 from harness.errors import InputError
-from harness.runs import exit_status
+from harness.stopping import exit_status
 
 _CROP = 1  # a purpose of random numbers; 0 is the order of batches
 
@@ -218,7 +218,7 @@ def make_train_loader(config: Config, start_batch: int = 0, rank: int = 0, world
     dataset = CropDataset(read_file_list(config.data_config.training_files), config.data_config, train.seed)
     check_batch_size(train.batch_size, len(dataset), world_size, "train_config.batch_size", "training clips")
     batches = ShuffledBatches(len(dataset), train.batch_size, train.seed, start_batch, rank, world_size)
-    return BatchLoader(dataset, train.num_workers, train.seed, batch_sampler=batches)
+    return BatchLoader(dataset, train.num_workers, REMEDIES.worker_died, train.seed, batch_sampler=batches)
 
 
 # --- command line ---------------------------------------------------------------------------------------------

@@ -20,14 +20,15 @@ from torch import Tensor
 
 import checkpoint as ckpt
 from audio import MelSpectrogram, is_mel_file, read_mel, wav_length, write_wav
-from config import Config, DataConfig, load_config
+from config import REMEDIES, Config, DataConfig, load_config
 from corpora.check import inspect_corpus, report_text, write_report
 from data import ClipDataset, load_synthesis_entry, output_names, overlap_warning, read_file_list
 from evaluation import clip_likelihoods, log_mel_distance, noise_like, save_mel_figure, summarise, write_likelihoods
 from fast.engine import SynthesisEngine, slow_precision_warning
+from harness.devices import choose_device, make_deterministic
 from harness.errors import InputError
+from harness.folder import locked_run, record_start
 from harness.processes import (
-    choose_device,
     gather,
     held_by_main,
     is_main,
@@ -37,7 +38,7 @@ from harness.processes import (
     share,
     world_size,
 )
-from harness.runs import StopRequest, exit_status, locked_run, make_deterministic, record_start
+from harness.stopping import StopRequest, exit_status
 from model import FlowVocoder, build_model, count_parameters
 from training.precision import slow_half_warning
 from training.trainer import Trainer, train_until
@@ -83,7 +84,7 @@ def train(config: Config, options: argparse.Namespace, device: torch.device) -> 
             f"iterations {trainer.iteration} to {last} on {_devices(device)}, files in {folder}"
         )
         saved = train_until(last, trainer, test_clips, stop)
-    return stop.exit_status(saved, finished=trainer.iteration >= last)
+    return stop.exit_status(saved, finished=trainer.iteration >= last, resume="go on with --resume latest")
 
 
 def _devices(device: torch.device) -> str:
@@ -386,7 +387,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.deterministic:
         make_deterministic()
     device = choose_device(options.device)
-    with process_group(config.dist_config, device):
+    place, meet = config.dist_config, "--set dist_config.dist_url=env:// leaves the place to torchrun"
+    with process_group(device, place.dist_backend, place.dist_url, meet=meet, resume=REMEDIES.resume):
         return _job(options)(config, options, device)
 
 

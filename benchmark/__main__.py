@@ -32,7 +32,7 @@ from benchmark.memory import peak_memory
 from benchmark.workloads import SEGMENT, baseline_step, checkpointed_step, loader_speed, training_step
 from config import Config, WaveFlowConfig, load_config
 from fast.engine import PRECISIONS, SynthesisEngine, slow_precision_warning
-from harness.runs import exit_status
+from harness.stopping import exit_status
 from model import Flow, FlowVocoder, build_model
 from modules import SQRT_HALF, unsqueeze
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from config import WaveFlowConfig
 from fast.cpu_queues import ConvQueue, DirectQueue, Window, WinogradQueue, roll
 from fast.folding import FoldedFlow, fold_flows
+from harness.devices import fast_bfloat16
 from harness.errors import InputError
 from modules import Upsampler, squeeze
-from training.precision import fast_bfloat16
 
 if TYPE_CHECKING:
     from model import FlowVocoder

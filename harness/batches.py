@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.errors import InputError
-from harness.runs import leave_signals_to_the_main_process, worker_deaths_named
+from harness.stopping import leave_signals_to_the_main_process, worker_deaths_named
 
 _ORDER = 0  # a purpose of random numbers; datasets have others
 
@@ -75,9 +75,11 @@ class BatchLoader(DataLoader):
     """A DataLoader in which a worker's InputError stays the one line it was, without the worker's traceback.
 
     Its workers leave signals to the main process; the global random state is neither read nor moved.
+    worker_died: what to do where one dies, the end of the error message.
     """
 
-    def __init__(self, dataset: Dataset, n_workers: int, seed: int = 0, **options: Any) -> None:
+    def __init__(self, dataset: Dataset, n_workers: int, worker_died: str, seed: int = 0, **options: Any) -> None:
+        self._worker_died = worker_died
         super().__init__(
             dataset,
             num_workers=n_workers,
@@ -91,7 +93,7 @@ class BatchLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            with worker_deaths_named():
+            with worker_deaths_named(self._worker_died):
                 yield from super().__iter__()
         except InputError as error:
             error.__traceback__ = None  # a cycle through the frames that hold the workers; they would linger

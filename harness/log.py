@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation import Likelihood, mel_figure
+from harness import terminal
 from harness.files import Appended, written_whole
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class RunLog:
             self._refused(error)
             return
         if self._disk_refuses:
-            tqdm.write("the disk takes the log again")
+            terminal.say("the disk takes the log again")
             self._disk_refuses = False
         if self._writer is None:
             self._open_writer()
@@ -73,7 +73,7 @@ class RunLog:
 
     def _refused(self, error: OSError) -> None:
         if not self._disk_refuses:
-            tqdm.write(f"warning: the log cannot be written ({error.strerror or error}); training goes on")
+            terminal.warn(f"the log cannot be written ({error.strerror or error}); training goes on")
         self._disk_refuses = True
 
     def _to_tensorboard(self, write: Callable[["SummaryWriter"], None]) -> None:

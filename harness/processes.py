@@ -1,4 +1,4 @@
-"""Devices and processes. On one process every function is a no-op, so the loops have no branches.
+"""Processes that work together. On one process every function is a no-op, so the loops have no branches.
 
 Several processes, one for each device, are started by torchrun, which tells each its place in RANK, WORLD_SIZE and
 LOCAL_RANK. They compute the same things except where `share` divides them; the main one, rank 0, writes and speaks.
@@ -6,20 +6,18 @@ LOCAL_RANK. They compute the same things except where `share` divides them; the 
 
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from config import DistConfig
+from harness import terminal
 from harness.errors import InputError
-from harness.runs import StopRequest
+from harness.stopping import StopRequest
 
 TIMEOUT = timedelta(minutes=30)  # for a process that hangs; one that dies is noticed at once
 _LOST = ("gloo", "nccl", "connection closed", "connection reset")  # in what torch says when a process is gone
@@ -29,51 +27,6 @@ Result = TypeVar("Result")
 
 class SaidByMain(InputError):
     """An error of the main process, raised in the others too; it has said what it is."""
-
-
-# --- devices ----------------------------------------------------------------------------------------------
-
-
-def choose_device(name: str | None = None) -> torch.device:
-    """The device asked for, or the best there is; each of several processes gets a CUDA device of its own.
-
-    Raises InputError where it is not there.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: unknown; expected cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: not supported; expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and _place()[1] > 1:
-        if device.index is not None:
-            raise InputError(f"--device {name}: several processes cannot share one device; give --device cuda")
-        device = torch.device("cuda", _number("LOCAL_RANK"))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: not there; this machine shows {torch.cuda.device_count()} CUDA device(s)")
-    return device
-
-
-def data_parallel(model: nn.Module, device: torch.device, find_unused: bool = False) -> nn.Module:
-    """The model as the training step calls it.
-
-    Among several processes, gradients are averaged over them; find_unused: where a step may leave parameters out. A
-    process that is alone spreads its batch over all visible GPUs, as published, unless one was named or there is but
-    one.
-    """
-    if world_size() > 1:
-        devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, find_unused_parameters=find_unused)
-    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
-        return nn.DataParallel(model)
-    return model
-
-
-def gradients_stay(model: nn.Module) -> AbstractContextManager:
-    """Within it, backward passes through what `data_parallel` gave add up gradients without averaging them yet."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -95,27 +48,31 @@ def is_main() -> bool:
 
 
 @contextmanager
-def process_group(config: DistConfig, device: torch.device) -> Iterator[None]:
+def process_group(
+    device: torch.device,
+    backend: str = "nccl",
+    url: str = "",
+    meet: str = "start them with torchrun",
+    resume: str = "start it again",
+) -> Iterator[None]:
     """Be one of the processes that torchrun started, if it did; only the main one prints to stdout inside.
 
-    InputError where they do not meet, or where one is lost.
+    backend: how CUDA devices talk; CPUs do through gloo. url: where to meet; empty: where torchrun says.
+    InputError where they do not meet, which ends with the remedy `meet`, or where one is lost, with `resume`.
     """
-    own_rank, n_ranks = _place()
+    own_rank, n_ranks = place()
     if n_ranks == 1:
         yield
         return
-    backend = "gloo"  # of the CPU: nccl knows none
+    backends = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = f"cpu:gloo,cuda:{config.dist_backend}"
-    url = _meeting_place(config.dist_url)
+        backends = f"cpu:gloo,cuda:{backend}"
+    url = _meeting_place(url)
     try:
-        dist.init_process_group(backend, init_method=url, rank=own_rank, world_size=n_ranks, timeout=TIMEOUT)
+        dist.init_process_group(backends, init_method=url, rank=own_rank, world_size=n_ranks, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"dist_config.dist_url {url}: {n_ranks} processes did not meet ({_first_line(error)}); "
-            "--set dist_config.dist_url=env:// leaves the place to torchrun"
-        ) from None
+        raise InputError(f"{n_ranks} processes did not meet at {url} ({_first_line(error)}); {meet}") from None
     with ExitStack() as stack:
         if own_rank:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -125,21 +82,20 @@ def process_group(config: DistConfig, device: torch.device) -> Iterator[None]:
             if not _is_loss(error):
                 raise
             raise InputError(
-                f"another process of this run died or cannot be reached ({_first_line(error)}); the checkpoints are "
-                "intact: go on with --resume latest"
+                f"another process of this run died or cannot be reached ({_first_line(error)}); {resume}"
             ) from None
     dist.destroy_process_group()
 
 
 def report_error(error: Exception) -> None:
-    """One line on stderr, with the process's number if it is not the main one; what that has said is not repeated."""
+    """Say one line on stderr, with the process's number unless it is the main one, whose errors are not repeated."""
     if not isinstance(error, SaidByMain):
         number = os.environ.get("RANK", "0")
-        print(f"error: {'' if number == '0' else f'process {number}: '}{error}", file=sys.stderr)
+        terminal.error(f"{'' if number == '0' else f'process {number}: '}{error}")
 
 
-def _place() -> tuple[int, int]:
-    """(rank, number of processes) as the environment says."""
+def place() -> tuple[int, int]:
+    """Rank and number of processes, as the environment says; InputError where that makes no sense."""
     n_ranks = _number("WORLD_SIZE", 1)
     if n_ranks < 2:
         return 0, 1
@@ -147,6 +103,11 @@ def _place() -> tuple[int, int]:
     if own_rank >= n_ranks:
         raise InputError(f"environment: RANK {own_rank} of WORLD_SIZE {n_ranks}; start the processes with torchrun")
     return own_rank, n_ranks
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine, as the environment says."""
+    return _number("LOCAL_RANK")
 
 
 def _number(variable: str, default: int | None = None) -> int:
@@ -201,7 +162,7 @@ def gather(part: list[Result] | None) -> list[Result] | None:
 
 
 def on_main(work: Callable[[], Result]) -> Result:
-    """What `work` returns, done by the main process only; its InputError or OSError is raised in all."""
+    """Result of `work`, done by the main process only; its InputError or OSError is raised in all."""
     if world_size() == 1:
         return work()
     answer: list[Any] = [None, None]

@@ -13,9 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from checkpoint import load_strictly, read_torch_file, save_whole
-from harness.errors import InputError
+from harness.errors import InputError, Remedies
 
 FILE_NAME = re.compile(r"glow_model_(\d+)\.pt")
+REMEDIES = Remedies(
+    resume="the checkpoints are intact: go on with --saved_model FOLDER",
+    weights_only="save its 'model' entry alone in a file, and start from that with --saved_model FILE",
+    worker_died="the checkpoints are intact: go on with --saved_model FOLDER, with fewer --n_workers if it recurs",
+)
 _IGNORED = "prior_h"  # a buffer of zeros in the published files
 _TOP = {"top_prior": "learn_top_fn", "class_prior": "project_ycond", "classifier": "project_class"}
 

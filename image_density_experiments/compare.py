@@ -14,7 +14,7 @@ import torch
 
 from checkpoint import list_checkpoints
 from harness.errors import InputError
-from harness.runs import exit_status
+from harness.stopping import exit_status
 from image_density_experiments.checkpoint import FILE_NAME, load_checkpoint
 from image_density_experiments.figures import save_curves
 from image_density_experiments.model import build_model, count_parameters

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
+from image_density_experiments.checkpoint import REMEDIES
 from image_density_experiments.datasets import ImageData, Split
 
 MAX_SHIFT = 0.1  # of the image's side
@@ -92,11 +93,11 @@ def make_train_loader(
     dataset = QuantisedImages(data.train, n_bits, seed, data.shift and augmented, data.flip and augmented)
     check_batch_size(batch_size, len(dataset), world_size, "--batch_size", "training images")
     batches = ShuffledBatches(len(dataset), batch_size, seed, start_batch, rank, world_size)
-    return BatchLoader(dataset, n_workers, batch_sampler=batches)
+    return BatchLoader(dataset, n_workers, REMEDIES.worker_died, batch_sampler=batches)
 
 
 def test_batches(split: Split, n_bits: int, batch_size: int, n_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a split in order, as (x [B, C, H, W], labels [B])."""
     dataset = QuantisedImages(split, n_bits)
     keys = [(0, index) for index in range(len(dataset))]
-    return iter(BatchLoader(dataset, n_workers, sampler=keys, batch_size=batch_size))
+    return iter(BatchLoader(dataset, n_workers, REMEDIES.worker_died, sampler=keys, batch_size=batch_size))

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import argparse
 import re
-import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -28,11 +27,11 @@ import numpy as np
 import torch
 
 from checkpoint import list_checkpoints, read_torch_file
-from config import DistConfig, section_from_dict
+from config import section_from_dict
+from harness.devices import choose_device
 from harness.errors import InputError
-from harness.files import is_temporary
+from harness.folder import clear, locked_run, record_start, require_empty, require_only
 from harness.processes import (
-    choose_device,
     gather,
     held_by_main,
     is_main,
@@ -42,7 +41,7 @@ from harness.processes import (
     report_error,
     world_size,
 )
-from harness.runs import LOCK_NAME, StopRequest, exit_status, locked_run, record_start
+from harness.stopping import StopRequest, exit_status
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import to_pixels
 from image_density_experiments.datasets import DATASETS, ImageData, load_images
@@ -59,8 +58,10 @@ from image_density_experiments.model import (
 from image_density_experiments.trainer import Trainer, TrainOptions, save_samples, train_until
 
 FOLDER = Path(__file__).resolve().parent
-RUN_FILES = ("glow_model_*.pt", "losses.csv", "epochs.csv", "config.json", "run_record.jsonl", "tensorboard")
-RUN_FOLDERS = ("samples", "evaluation")
+RUN_FILES = (
+    *("glow_model_*.pt", "losses.csv", "epochs.csv", "config.json", "run_record.jsonl", "tensorboard"),
+    *("samples", "evaluation"),
+)
 SHOWN, PAIRS, LINE = 12, 6, 12  # images of a reconstruction, pairs of an interpolation, images from one to the other
 # What changes the place in the data, or the meaning of a step: a resumed run should not.
 RESUMED_AS_BEGUN = ("batch_size", "lr", "warmup", "weight_decay", "seed", "augmented", "n_init_batches")
@@ -77,7 +78,7 @@ def train(options: argparse.Namespace, device: torch.device) -> int:
     how = _train_options(options)
     with held_by_main(locked_run(folder)):
         if options.fresh:
-            on_main(lambda: _clear(folder))
+            on_main(lambda: clear(folder, RUN_FILES))
         torch.manual_seed(how.seed)
         model = _make_model(options, start, data, device)
         _warn_of_changes(start, how)
@@ -255,31 +256,14 @@ def _warn_of_changes(start: dict[str, Any] | None, how: TrainOptions) -> None:
 
 def _refuse_foreign_folder(folder: Path, options: argparse.Namespace) -> None:
     """A new run needs an empty folder, or --fresh and a folder that holds nothing but an old run."""
-    if not folder.exists() or (options.saved_model is not None and not options.fresh):
-        return
-    if not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: is a file")
-    found = [path.name for path in folder.iterdir() if path.name != LOCK_NAME and not is_temporary(path)]
-    if found and not options.fresh:
-        raise InputError(
-            f"--output_dir {folder}: not empty; choose another, go on with --saved_model {folder}, or start over with "
-            "--fresh, which removes the run that is there"
+    if options.fresh:
+        require_only(folder, RUN_FILES)
+    elif options.saved_model is None:
+        require_empty(
+            folder,
+            f"choose another --output_dir, go on with --saved_model {folder}, or start over with --fresh, which "
+            "removes the run that is there",
         )
-    ours = {path.name for path in _run_files(folder)}
-    if foreign := sorted(set(found) - ours):
-        raise InputError(f"--fresh: {folder} also holds {foreign[0]!r}, which is not of a run; remove it yourself")
-
-
-def _run_files(folder: Path) -> list[Path]:
-    return [path for pattern in (*RUN_FILES, *RUN_FOLDERS) for path in folder.glob(pattern)]
-
-
-def _clear(folder: Path) -> None:
-    for path in _run_files(folder):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 # --- command line -----------------------------------------------------------------------------------------------
@@ -388,6 +372,6 @@ def _checked(job: Callable[[argparse.Namespace, torch.device], int], options: ar
     if options.model_type is not None and options.model_type not in DESIGNS:
         raise InputError(f"--model_type {options.model_type}: unknown; there are {', '.join(DESIGNS)}")
     device = choose_device("cpu" if options.no_cuda else None)
-    with process_group(DistConfig(), device):
+    with process_group(device, resume=ckpt.REMEDIES.resume):
         shared = job in (train, evaluate)  # the others are for one
         return job(options, device) if shared else on_main(lambda: job(options, device))

@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint as root_checkpoint
+from harness.devices import data_parallel
 from harness.errors import InputError
 from harness.log import NoLog, RunLog
-from harness.processes import agree, data_parallel, gather, is_main, mean, rank, share_of_batch, world_size
-from harness.runs import StopRequest, worker_deaths_named
+from harness.processes import agree, gather, is_main, mean, rank, share_of_batch, world_size
+from harness.stopping import StopRequest, worker_deaths_named
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import make_train_loader, to_pixels
 from image_density_experiments.datasets import ImageData
@@ -182,7 +183,7 @@ def train_until(last: int, trainer: Trainer, temperatures: list[float], stop: St
     hidden = None if is_main() else True  # None: where there is no terminal
     bar = tqdm(total=last, initial=trainer.iteration, unit="step", dynamic_ncols=True, disable=hidden)
     try:
-        with stop, worker_deaths_named(), bar:
+        with stop, worker_deaths_named(ckpt.REMEDIES.worker_died), bar:
             if trainer.iteration < last:
                 _loop(last, trainer, temperatures, stop, steps, epochs, bar)
     finally:

@@ -8,6 +8,7 @@ import torch
 
 import checkpoint as ckpt
 from harness.errors import InputError
+from tests.support.experiments import run
 from tests.support.vocoders import random_input, random_vocoder
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints_nanoflow"
@@ -187,3 +188,18 @@ def test_differences_are_named_as_the_file_has_them(tmp_path):
         ckpt.load_weights(model, ckpt.load_checkpoint(tmp_path / "waveflow_1")["model"], "checkpoint waveflow_1")
     with pytest.raises(InputError, match=r"^checkpoint x: .*missing: estimator\.net\.res_blocks\.2\."):
         ckpt.load_weights(source, model.state_dict(), "checkpoint x")
+
+
+def iterations(folder):
+    return [int(path.name.split("_")[1]) for path in ckpt.list_checkpoints(folder)]
+
+
+def test_only_the_newest_checkpoints_stay_and_those_being_averaged(config, tmp_path):
+    path, folder = config(train_config__iters_per_checkpoint=1), tmp_path / "runs" / "tiny"
+    assert run("-c", path, "--max_iterations", 3) == 0
+    assert iterations(folder) == [3, 2, 1]
+    keep = ["--set", "train_config.keep_checkpoints=2"]
+    assert run("-c", path, *keep, "-a", 2, "--max_iterations", 6) == 0
+    assert iterations(folder) == [6, 5, 3, 2]  # of the average: 3 and 2
+    assert run("-c", path, *keep, "--resume", "latest", "--max_iterations", 7) == 0
+    assert iterations(folder) == [7, 6]

@@ -1,6 +1,5 @@
 """How a training step computes: float32, or half precision through torch.amp or NVIDIA Apex."""
 
-import platform
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from config import TrainConfig
+from harness.devices import fast_bfloat16
 from harness.errors import InputError
 
 
@@ -127,13 +127,6 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor)
         optimizer.step()
     finally:
         del optimizer.grad_scale, optimizer.found_inf
-
-
-def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; without, it is slower at them than at float32."""
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def slow_half_warning(config: TrainConfig, device: torch.device) -> str | None:

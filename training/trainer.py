@@ -14,13 +14,15 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 from audio import write_wav
-from config import Config
+from config import REMEDIES, Config
 from data import ClipDataset, load_synthesis_entry, make_train_loader
 from evaluation import ClipLikelihood, clip_likelihoods, summarise
+from harness.bad_steps import BadSteps
+from harness.devices import data_parallel, gradients_stay
 from harness.errors import InputError
 from harness.log import NoLog, RunLog
-from harness.processes import agree, data_parallel, gather, gradients_stay, is_main, mean, rank, world_size
-from harness.runs import BadSteps, StopRequest, worker_deaths_named
+from harness.processes import agree, gather, is_main, mean, rank, world_size
+from harness.stopping import StopRequest, worker_deaths_named
 from model import build_model
 from modules import FlowLoss
 from training.optimisation import MovingAverage, Schedule
@@ -177,7 +179,7 @@ def train_until(last: int, trainer: Trainer, test_clips: ClipDataset, stop: Stop
     progress = Progress(trainer, log, last)
     saver = Saver(trainer)
     try:
-        with stop, worker_deaths_named():
+        with stop, worker_deaths_named(REMEDIES.worker_died):
             if trainer.iteration == 0:
                 _report_likelihood(trainer, test_clips, log, stop)
             if trainer.iteration < last:

@@ -6,7 +6,7 @@ import torch
 from fast import gpu as graphs
 from fast.engine import PRECISIONS, SynthesisEngine
 from fast.gpu import GraphEngine
-from harness.processes import choose_device
+from harness.devices import choose_device
 from tests.fast.test_engine import COUPLINGS, SHAPES, assert_same, case
 from tests.support.vocoders import random_input
 

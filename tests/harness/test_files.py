@@ -9,7 +9,7 @@ import pytest
 
 import checkpoint as ckpt
 from harness import files
-from harness.files import remove_debris, written_whole
+from harness.files import Appended, remove_debris, written_whole
 from tests.support.experiments import fails, losses, run
 
 
@@ -167,3 +167,16 @@ def test_a_wav_deleted_during_training_is_named_and_the_checkpoints_stay(config,
         message = fails(capsys, "-c", path, "--max_iterations", 100)
     assert "own1.wav: no such wav file" in message
     assert ckpt.load_checkpoint(tmp_path / "runs" / "tiny" / "waveflow_2")["iteration"] == 2
+
+
+def test_a_full_disk_keeps_the_rows_for_later(tmp_path):
+    table = Appended(tmp_path / "table")
+    table.write("first\n")
+    real, table._file = table._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        table.write("second\n")
+    table.close()
+    table._file = real
+    table.write("third\n")
+    table.close()
+    assert (tmp_path / "table").read_text() == "first\nsecond\nthird\n"

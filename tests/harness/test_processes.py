@@ -15,8 +15,8 @@ import checkpoint as ckpt
 import train
 from harness.batches import ShuffledBatches
 from harness.errors import InputError
-from harness.processes import agree, choose_device, gather, mean, on_main, share
-from harness.runs import StopRequest
+from harness.processes import agree, gather, mean, on_main, share
+from harness.stopping import StopRequest
 from image_density_experiments.checkpoint import load_checkpoint as load_image_checkpoint
 from image_density_experiments.train import main as train_images
 from tests.support.experiments import assert_same_wavs, fails, losses, run, wavs
@@ -237,13 +237,6 @@ def test_an_environment_that_makes_no_sense_is_named(monkeypatch, config, capsys
         monkeypatch.setenv(name, value)
     message = fails(capsys, "-c", config())
     assert words in message and "torchrun" in message
-
-
-def test_processes_that_share_a_device_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(InputError, match="several processes cannot share one device"):
-        choose_device("cuda:0")
 
 
 def test_a_batch_is_shared_evenly_or_refused(monkeypatch, config, capsys):

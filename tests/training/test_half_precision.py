@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import data
+from harness.devices import fast_bfloat16
 from modules import FlowLoss
 from tests.support.experiments import ROOT, run
-from training.precision import fast_bfloat16
 from training.trainer import Trainer
 
 STEPS = 200

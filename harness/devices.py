@@ -1,0 +1,68 @@
+"""Devices: the one a run computes on, models spread over several, what they are good at."""
+
+import os
+import platform
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from harness.errors import InputError
+from harness.processes import local_rank, place, world_size
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device asked for, or the best there is; each of several processes gets a CUDA device of its own.
+
+    Raises InputError where it is not there.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name}: unknown; expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name}: not supported; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and place()[1] > 1:
+        if device.index is not None:
+            raise InputError(f"device {name}: several processes cannot share one device; name none")
+        device = torch.device("cuda", local_rank())
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device}: not there; this machine shows {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def data_parallel(model: nn.Module, device: torch.device, find_unused: bool = False) -> nn.Module:
+    """The model as the training step calls it.
+
+    Among several processes, gradients are averaged over them; find_unused: where a step may leave parameters out. A
+    process that is alone spreads its batch over all visible GPUs, as published, unless one was named or there is but
+    one.
+    """
+    if world_size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, find_unused_parameters=find_unused)
+    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
+        return nn.DataParallel(model)
+    return model
+
+
+def gradients_stay(model: nn.Module) -> AbstractContextManager:
+    """Context in which backward passes through what `data_parallel` gave add up gradients without averaging them."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def make_deterministic() -> None:
+    """Allow only algorithms that give the same result twice, on the same machine; costs some speed on CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it first starts
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; without, it is slower at them than at float32."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,131 @@
+"""How work ends: after a signal or a time, by an error of one line, with a status for the shell."""
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeVar
+
+import torch
+
+from harness import terminal
+from harness.errors import InputError
+
+Result = TypeVar("Result")
+
+
+def exit_status(job: Callable[[], int | None], report: Callable[[Exception], None] | None = None) -> int:
+    """Do a job and return its status for the shell: what it returns, 130 after Ctrl-C, and 1 after an InputError, an
+    OSError or a lack of memory, which become one line on stderr, or what `report` makes of them.
+    """
+    report = report or terminal.error
+    try:
+        return job() or 0
+    except KeyboardInterrupt:
+        terminal.note("interrupted")
+        return 130
+    except (InputError, OSError) as error:
+        report(error)
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for the memory of the CPU
+        lack = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if not lack:
+            raise
+        report(InputError(f"out of memory ({' '.join(str(error).split())[:120]}); choose smaller sizes"))
+    return 1
+
+
+class _StopNow(Exception):
+    pass
+
+
+class StopRequest:
+    """A wish to end a run before its last step: after SIGINT, SIGTERM, or `hours`; asked between steps.
+
+    A second SIGINT stops at once, and `unless_stopped` ends its work at the first signal.
+    """
+
+    def __init__(self, hours: float | None = None) -> None:
+        self.signal: int | None = None
+        self._hours, self._deadline = hours, math.inf if hours is None else time.monotonic() + 3600 * hours
+        self._interruptible = False
+
+    def __bool__(self) -> bool:
+        return self.signal is not None or time.monotonic() >= self._deadline
+
+    def exit_status(self, saved: bool, finished: bool, resume: str) -> int:
+        """Say how the run ended, and return the status for the shell: 128 + signal after one, 1 if its last checkpoint
+        could not be `saved`; 0 after all of it, and after `hours`, so that a chain of batch jobs goes on.
+
+        resume: how to go on, as in "go on with ...".
+        """
+        if not saved:
+            terminal.error(f"the last checkpoint could not be saved; free some space, {resume}")
+            return 1
+        if self.signal is not None:
+            terminal.say(f"stopped by {signal.Signals(self.signal).name}; {resume}")
+            return 128 + self.signal
+        if not finished:
+            terminal.say(f"stopped after {self._hours:g} hours; {resume}")
+        return 0
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        if self._interruptible:
+            self._interruptible = False
+            raise _StopNow
+
+    def unless_stopped(self, work: Callable[[], Result]) -> Result | None:
+        """Do what may be left half done, such as an evaluation, and return its result.
+
+        A signal, before or during it, ends it at once: None.
+        """
+        try:
+            self._interruptible = True
+            try:
+                return work() if self.signal is None else None
+            finally:
+                self._interruptible = False
+        except _StopNow:
+            return None
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """`worker_init_fn` of data loaders. Ctrl-C and batch queues signal every process of a job; the main one, which
+    has yet to write its checkpoint, decides when its workers stop: by SIGTERM too, so the sender is looked at.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where workers end at any SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_at_the_parents_word, daemon=True).start()
+
+
+def _end_at_the_parents_word() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def worker_deaths_named(remedy: str) -> Iterator[None]:
+    """Turn torch's report of a dead data loading process into an InputError of one line, which ends with `remedy`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise InputError(f"a data loading process died ({reason}), as when memory runs out; {remedy}") from None
