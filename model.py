@@ -10,28 +10,24 @@ one estimator to all of them, and tells it which flow it is working for:
     nanoflow          shared      per flow     yes
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from config import WaveFlowConfig, section_from_dict
 from fast.engine import SynthesisEngine
-from fast.estimators import BoundEstimator, Estimator, WinogradEstimator
-from fast.winograd import Workspace
+from fast.estimators import Execution, FastFlows
 from harness.errors import InputError
 from modules import (
     Affine,
+    Estimator,
+    Flow,
     FlowEmbedding,
     Spline,
     Upsampler,
     WeightNorm,
-    permute_rows,
     row_permutation,
-    shift_down,
     squeeze,
     unsqueeze,
 )
@@ -54,46 +50,6 @@ SHARING = {
 TRANSFORMS = {"affine": Affine, "spline": Spline}
 
 
-@dataclass
-class Flow:
-    """One invertible step of the vocoder: permute rows, shift down, estimate, transform every row.
-
-    Made anew for each pass by `FlowVocoder.flows`, which knows what is shared; `order` is the row order that the
-    conditioning has when this flow sees it.
-    """
-
-    index: int
-    permutation: tuple[int, ...]
-    order: tuple[int, ...]
-    estimator: BoundEstimator | WinogradEstimator
-    transform: Affine | Spline
-    gates: Tensor | None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Data to noise: x [B, 1, h, W] -> z [B, 1, h, W], log|det| [B]."""
-        x = permute_rows(x, self.permutation)
-        params = self._params(shift_down(x), self.estimator.prepare(self.order))
-        z, log_det = self.transform(x, params)
-        return z, log_det.flatten(1).sum(1)
-
-    def inverse(self, z: Tensor) -> Tensor:
-        """Noise to data, one row after the other, recomputing the rows above each time."""
-        x, prepared = torch.zeros_like(z), self.estimator.prepare(self.order)
-        for row in range(z.size(2)):
-            params = self._params(shift_down(x[:, :, : row + 1]), prepared)
-            x[:, :, row : row + 1] = self.transform.inverse(z[:, :, row : row + 1], params[:, :, row:])
-        return permute_rows(x, self.permutation)  # its own inverse
-
-    def forward_recomputed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward`, keeping its input only and computing the rest again in the backward pass."""
-        if self.estimator.keeps:
-            self.estimator.prepare(self.order)  # made here, outside what is recomputed
-        return checkpoint(self.forward, x, use_reentrant=False)
-
-    def _params(self, shifted: Tensor, prepared: Tensor | list[Tensor]) -> Tensor:
-        return self.estimator.params(shifted, prepared, self.index, self.gates, self.transform)
-
-
 class FlowVocoder(nn.Module):
     """Mel spectrogram to speech by n_flow invertible steps; forward is data to noise.
 
@@ -103,7 +59,7 @@ class FlowVocoder(nn.Module):
     def __init__(self, config: WaveFlowConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # keep one flow's activations at a time, recomputing them for gradients
+        self.execution = Execution()  # how `forward` is computed, never what it gives
         shared = SHARING[config.coupling_type]
         n_flow = config.n_flow
         self.upsampler = Upsampler(config.upsample_strides)
@@ -123,11 +79,11 @@ class FlowVocoder(nn.Module):
                 f"audio of shape {list(audio.shape)} and mel of shape {list(mel.shape)}: expected [batch, samples] "
                 "and [batch, bands, frames]"
             )
-        x = squeeze(audio.unsqueeze(1), self.config.n_height)  # [B, 1, h, W]
-        log_det = x.new_zeros(len(x))
-        recompute = self.checkpoint_activations and torch.is_grad_enabled()
-        for flow in self.flows(self.condition(mel, audio.size(1)), workspace=Workspace()):
-            x, flow_log_det = (flow.forward_recomputed if recompute else flow.forward)(x)
+        x, conditioning = squeeze(audio.unsqueeze(1), self.config.n_height), self.condition(mel, audio.size(1))
+        log_det, flows = x.new_zeros(len(x)), self.flows()
+        step = Flow.forward if self.execution.plain else FastFlows(flows, self.execution)
+        for flow in flows:
+            x, flow_log_det = step(flow, x, conditioning)
             log_det = log_det + flow_log_det
         return x, log_det
 
@@ -138,32 +94,31 @@ class FlowVocoder(nn.Module):
         Without z, noise of standard deviation temp and T' = hop * (F - 1); z [B, 1, h, T'/h] is used as it is.
         """
         x = self._noise(mel, temp, z)
-        for flow in self.flows(self.condition(mel, x.size(2) * x.size(3)), backwards=True):
-            x = flow.inverse(x)
+        conditioning = self.condition(mel, x.size(2) * x.size(3))
+        for flow in reversed(self.flows()):
+            x = flow.inverse(x, conditioning)
         return unsqueeze(x).squeeze(1)
 
     @torch.no_grad()
     def reverse_fast(self, mel: Tensor, temp: float = 1.0, z: Tensor | None = None) -> Tensor:
-        """The same audio as `reverse`, through the convolution queue of `synthesis.py`; the model stays as it is."""
+        """The same audio as `reverse`, through the engine of `fast/`; the model stays as it is."""
         return SynthesisEngine(self)(mel, self._noise(mel, temp, z))
 
-    def flows(
-        self, conditioning: Tensor, backwards: bool = False, workspace: Workspace | None = None
-    ) -> Iterator[Flow]:
-        """The flows in turn, sharing what the variant shares; conditioning [B, M, h, W]; workspace as in `bind`."""
-        table = None if self.flow_embedding is None else self.flow_embedding.table()
-        shared = len(self.estimators) == 1
-        one_for_all = self.estimators[0].bind(conditioning, table, shared, workspace) if shared else None
-        steps = list(enumerate(row_orders(self.config)))
-        for index, (permutation, order) in reversed(steps) if backwards else steps:
-            yield Flow(
+    def flows(self) -> list[Flow]:
+        """The flows in the order of the likelihood, with what the variant lets them share."""
+        table = None if self.flow_embedding is None else self.flow_embedding.table()  # [n_flow, E]
+        return [
+            Flow(
                 index=index,
                 permutation=permutation,
                 order=order,
-                estimator=one_for_all or self.estimators[index].bind(conditioning, workspace=workspace),
+                estimator=self.estimators[index % len(self.estimators)],
                 transform=self.transforms[index % len(self.transforms)],
+                embedding=None if table is None else table[index],
                 gates=None if self.gates is None else self.gates[index],
             )
+            for index, (permutation, order) in enumerate(row_orders(self.config))
+        ]
 
     def condition(self, mel: Tensor, n_samples: int) -> Tensor:
         """Upsample, cut to the audio's length and squeeze: mel [B, M, F] -> [B, M, h, n_samples/h]."""

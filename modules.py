@@ -1,11 +1,18 @@
-"""What the flow vocoder is made of beside the estimator: row operations, transforms, the upsampler, the loss.
+"""What the flow vocoder is made of, small to large: rows, convolutions, the estimator, transforms, one flow, the loss.
 
-Shapes: B batch, T audio samples, F mel frames, M mel bands, h squeeze height, W = T/h columns,
-R residual channels, L layers, E embedding size. Every transform follows one contract: forward maps
-data to noise and also gives log|det|, inverse maps noise to data.
+    B   batch                 T   audio samples        R   residual channels of the estimator (res_channels)
+    F   mel frames            h   squeeze height       L   layers of the estimator (n_layer)
+    M   mel bands             W   columns, T / h       E   size of the flow embedding (size_flow_embed)
+    x   audio, squeezed       z   noise                P   parameters of a transform for each sample
+
+Row i, column j of a squeezed signal [B, C, h, W] is sample j * h + i. One contract holds for every invertible step:
+forward maps data to noise and also gives log|det|, inverse maps noise to data. What stands here is written to be read
+and is the reference; `fast/` computes the same numbers sooner.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -18,6 +25,7 @@ from spline import rational_quadratic_spline
 
 SQRT_HALF = math.sqrt(0.5)
 LEAKY_SLOPE = 0.4  # of the upsampler
+CONTEXT_FRAMES = 2  # mel frames that the upsampler sees on each side: its layers reach 1 + 1/stride + ... < 2
 
 
 # --- rows -------------------------------------------------------------------------------------------------
@@ -71,12 +79,11 @@ def normalised(weight_g: Tensor, weight_v: Tensor) -> Tensor:
 
 
 class WeightNorm(nn.Module):
-    """The weight-normalised weight and bias of a convolution, initialised as PyTorch initialises convolutions."""
+    """Weight and bias of a convolution under weight norm, initialised as PyTorch initialises convolutions."""
 
-    def __init__(self, *shape: int, fan_in: int | None = None) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        fan_in = fan_in or math.prod(shape[1:])
-        bound = 1 / math.sqrt(fan_in)
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
         weight = torch.empty(shape).uniform_(-bound, bound)
         self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bound, bound))
         self.weight_g = nn.Parameter(
@@ -85,8 +92,19 @@ class WeightNorm(nn.Module):
         self.weight_v = nn.Parameter(weight)
 
     def weight(self) -> Tensor:
-        """The folded weight; compute it once per step where the convolution is used more than once."""
+        """Weight of the convolution, g v / |v|."""
         return normalised(self.weight_g, self.weight_v)
+
+
+class Conv(WeightNorm):
+    """A weight-normalised 2-D convolution without padding: [B, n_in, h, W] -> [B, n_out, h', W']."""
+
+    def __init__(self, n_in: int, n_out: int, kernel: int = 1, dilation: tuple[int, int] = (1, 1)) -> None:
+        super().__init__(n_out, n_in, kernel, kernel)
+        self.dilation = dilation  # (height, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight(), self.bias, dilation=self.dilation)
 
 
 # --- conditioning -----------------------------------------------------------------------------------------
@@ -108,8 +126,71 @@ class Upsampler(nn.Module):
             image = F.leaky_relu(image, LEAKY_SLOPE)
         return image.squeeze(1)
 
+    def columns(self, mel: Tensor, n_height: int, start: int, stop: int) -> Tensor:
+        """Squeezed conditioning [h, n, M] of columns [start, stop) of a clip, upsampling no more of its mel [M, F]."""
+        first, last, hop = start * n_height, stop * n_height, math.prod(self.strides)  # samples
+        frame = max(first // hop - CONTEXT_FRAMES, 0)
+        seen = mel[:, frame : -(-last // hop) + CONTEXT_FRAMES].unsqueeze(0)
+        samples = self(seen)[:, :, first - frame * hop : last - frame * hop]
+        return squeeze(samples, n_height)[0].permute(1, 2, 0)
 
-# --- what flows share and own --------------------------------------------------------------------------------
+
+# --- the estimator: a 2-D WaveNet -----------------------------------------------------------------------------
+
+
+class EstimatorLayer(nn.Module):
+    """One gated layer: causal in height, symmetric in width (WaveFlow, section 3.1)."""
+
+    def __init__(self, config: WaveFlowConfig, layer: int) -> None:
+        super().__init__()
+        n_res, n_embed = config.res_channels, config.size_flow_embed if config.coupling_type == "nanoflow" else 0
+        self.dilation = config.dilations(layer)  # (height, width)
+        self.gate_conv = Conv(n_res, 2 * n_res, kernel=3, dilation=self.dilation)
+        self.cond_conv = Conv(config.cin_channels, 2 * n_res)
+        self.embed_conv = Conv(n_embed, 2 * n_res) if n_embed else None
+        self.res_skip_conv = Conv(n_res, 2 * n_res)
+
+    def forward(
+        self, hidden: Tensor, conditioning: Tensor, embedding: Tensor | None, gate: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [B, R, h, W], conditioning [B, M, h, W], the flow's embedding [E] and gate [R] -> hidden, skip.
+
+        NanoFlow tells the layer which flow it works for inside the gate (section 3.2), and lets the flow scale each
+        channel of the residual (section 3.3).
+        """
+        dilation_h, dilation_w = self.dilation
+        past = F.pad(hidden, (dilation_w, dilation_w, 2 * dilation_h, 0))  # rows above only
+        both = self.gate_conv(past) + self.cond_conv(conditioning)  # [B, 2R, h, W]
+        if embedding is not None:
+            both = both + self.embed_conv(embedding.view(1, -1, 1, 1))
+        filters, gates = both.chunk(2, dim=1)
+        residual, skip = self.res_skip_conv(torch.tanh(filters) * torch.sigmoid(gates)).chunk(2, dim=1)
+        if gate is None:
+            return (hidden + residual) * SQRT_HALF, skip
+        return hidden + residual * gate.view(-1, 1, 1), skip
+
+
+class Estimator(nn.Module):
+    """The 2-D WaveNet of a flow (WaveFlow, section 3.1): features of row r from rows <= r of its input."""
+
+    def __init__(self, config: WaveFlowConfig) -> None:
+        super().__init__()
+        self.front_conv = Conv(1, config.res_channels)
+        self.layers = nn.ModuleList(EstimatorLayer(config, layer) for layer in range(config.n_layer))
+
+    def forward(
+        self,
+        x: Tensor,
+        conditioning: Tensor,
+        embedding: Tensor | None = None,
+        gates: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """x [B, 1, h, W], conditioning [B, M, h, W], embedding [E] and gates [L, R] of the flow -> [B, R, h, W]."""
+        hidden, features = self.front_conv(x), 0
+        for layer, gate in zip(self.layers, [None] * len(self.layers) if gates is None else gates, strict=True):
+            hidden, skip = layer(hidden, conditioning, embedding, gate)
+            features = features + skip
+        return features  # the last layer's hidden state is unused, as published
 
 
 class FlowEmbedding(nn.Module):
@@ -150,8 +231,8 @@ class Affine(nn.Module):
         return self.conv.weight * factor.view(2, 1, 1, 1), self.conv.bias * factor
 
     def project(self, features: Tensor) -> Tensor:
-        """[B, R, h, W] -> parameters [B, 2, h, W], in float32 at least."""
-        return _project(features, *self.fold())
+        """Features [B, R, h, W] -> parameters [B, 2, h, W]."""
+        return F.conv2d(features, *self.fold())
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, 1, h, W] -> z and log|dz/dx|, both [B, 1, h, W]."""
@@ -171,7 +252,7 @@ class Spline(nn.Module):
         super().__init__()
         self.num_bin, self.tail_bound = config.num_bin, config.tail_bound
         self.n_params = 3 * config.num_bin - 1
-        self.conv = WeightNorm(self.n_params, config.res_channels, 1, 1)
+        self.conv = Conv(config.res_channels, self.n_params)
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Weight [3 num_bin - 1, R, 1, 1] and bias of the projection; widths and heights divided by sqrt(R)."""
@@ -181,8 +262,8 @@ class Spline(nn.Module):
         return weight * factor.view(-1, 1, 1, 1), self.conv.bias * factor
 
     def project(self, features: Tensor) -> Tensor:
-        """[B, R, h, W] -> parameters [B, 3 num_bin - 1, h, W], in float32 at least."""
-        return _project(features, *self.fold())
+        """Features [B, R, h, W] -> parameters [B, 3 num_bin - 1, h, W]."""
+        return F.conv2d(features, *self.fold())
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, 1, h, W] -> z and log|dz/dx|, both [B, 1, h, W]."""
@@ -198,10 +279,42 @@ class Spline(nn.Module):
         return params.movedim(1, -1).unsqueeze(1).split(sizes, dim=-1)  # each [B, 1, h, W, bins]
 
 
-def _project(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    # The likelihood adds up log_s of every sample: half precision stops here.
-    with torch.autocast(features.device.type, enabled=False):
-        return F.conv2d(features.to(weight.dtype), weight, bias)
+# --- one flow ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One invertible step of the vocoder: permute the rows, shift down, estimate, transform every row.
+
+    A view of the weights that `FlowVocoder` owns, some of which all its flows share. order is that of the rows of the
+    conditioning, whose permutations add up from flow to flow.
+    """
+
+    index: int
+    permutation: tuple[int, ...]
+    order: tuple[int, ...]
+    estimator: Estimator
+    transform: Affine | Spline
+    embedding: Tensor | None  # [E]
+    gates: Tensor | None  # [L, R]
+
+    def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to noise: x [B, 1, h, W], conditioning [B, M, h, W] -> z [B, 1, h, W], log|det| [B]."""
+        x = permute_rows(x, self.permutation)
+        conditioning = permute_rows(conditioning, self.order)
+        features = self.estimator(shift_down(x), conditioning, self.embedding, self.gates)
+        z, log_det = self.transform(x, self.transform.project(features))
+        return z, log_det.flatten(1).sum(1)
+
+    def inverse(self, z: Tensor, conditioning: Tensor) -> Tensor:
+        """Noise to data, one row after the other: each needs the rows above it, which are computed again."""
+        x, conditioning = torch.zeros_like(z), permute_rows(conditioning, self.order)
+        for row in range(z.size(2)):
+            above, seen = shift_down(x[:, :, : row + 1]), conditioning[:, :, : row + 1]
+            features = self.estimator(above, seen, self.embedding, self.gates)
+            params = self.transform.project(features[:, :, row:])
+            x[:, :, row : row + 1] = self.transform.inverse(z[:, :, row : row + 1], params)
+        return permute_rows(x, self.permutation)  # its own inverse
 
 
 # --- loss -------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from benchmark.workloads import SEGMENT, baseline_step, checkpointed_step, loade
 from config import Config, WaveFlowConfig, load_config
 from fast.engine import PRECISIONS, SynthesisEngine, slow_precision_warning
 from harness.stopping import exit_status
+from fast.folding import EstimatorWeights, fold_estimators
 from model import Flow, FlowVocoder, build_model
 from modules import SQRT_HALF, unsqueeze
 
@@ -52,36 +53,36 @@ def eager_conv_queue(model: FlowVocoder, mel: Tensor, z: Tensor) -> Tensor:
     Each layer keeps its last 2 dilation_h input rows; per row and layer one convolution over three rows, one of the
     conditioning row, the gate, and one convolution for residual and skip.
     """
-    x = z
-    for flow in model.flows(model.condition(mel, z.size(2) * z.size(3)), backwards=True):
-        x = _invert_flow(flow, x)
+    x, conditioning = z, model.condition(mel, z.size(2) * z.size(3))
+    flows = model.flows()
+    folded = fold_estimators(flows)
+    for flow in reversed(flows):
+        x = _invert_flow(flow, folded[flow.estimator], x, conditioning[:, :, list(flow.order)])
     return unsqueeze(x).squeeze(1)
 
 
-def _invert_flow(flow: Flow, z: Tensor) -> Tensor:
-    bound = flow.estimator
-    conditioning = bound.conditioning[:, :, list(flow.order)]
-    n_res = len(bound.front[1])
-    queues = [[z.new_zeros(len(z), n_res, 1, z.size(3))] * (2 * dh) for dh, _ in bound.dilations]
+def _invert_flow(flow: Flow, weights: EstimatorWeights, z: Tensor, conditioning: Tensor) -> Tensor:
+    n_res = len(weights.front[1])
+    queues = [[z.new_zeros(len(z), n_res, 1, z.size(3))] * (2 * dh) for dh, _ in weights.dilations]
     rows = [torch.zeros_like(z[:, :, :1])]
     for row in range(z.size(2)):
-        features = _row_features(flow, rows[-1], conditioning[:, :, row : row + 1], queues)
+        features = _row_features(flow, weights, rows[-1], conditioning[:, :, row : row + 1], queues)
         rows.append(flow.transform.inverse(z[:, :, row : row + 1], flow.transform.project(features)))
     return torch.cat([rows[1 + row] for row in flow.permutation], dim=2)
 
 
-def _row_features(flow: Flow, previous: Tensor, conditioning: Tensor, queues: list[list[Tensor]]) -> Tensor:
-    bound, features = flow.estimator, 0
-    hidden = F.conv2d(previous, *bound.front)
-    for index, (weights, (dh, dw), queue) in enumerate(zip(bound.weights, bound.dilations, queues, strict=True)):
+def _row_features(
+    flow: Flow, weights: EstimatorWeights, previous: Tensor, conditioning: Tensor, queues: list[list[Tensor]]
+) -> Tensor:
+    hidden, features = F.conv2d(previous, *weights.front), 0
+    for index, (layer, (dh, dw), queue) in enumerate(zip(weights.layers, weights.dilations, queues, strict=True)):
         rows = torch.cat([queue[0], queue[dh], hidden], dim=2)  # [B, R, 3, W]
         queue.append(hidden)
         queue.pop(0)
-        gate_bias = weights.gate_bias[flow.index % len(weights.gate_bias)]
-        both = F.conv2d(rows, weights.gate, gate_bias, padding=(0, dw), dilation=(1, dw))
-        both = both + F.conv2d(conditioning, *weights.conditioning)
+        both = F.conv2d(rows, layer.gate, layer.bias_of(flow.index), padding=(0, dw), dilation=(1, dw))
+        both = both + F.conv2d(conditioning, layer.conditioning, layer.conditioning_bias)
         filters, gates = both.chunk(2, dim=1)
-        out = F.conv2d(torch.tanh(filters) * torch.sigmoid(gates), weights.res_skip, weights.res_skip_bias)
+        out = F.conv2d(torch.tanh(filters) * torch.sigmoid(gates), layer.res_skip, layer.res_skip_bias)
         residual, skip = out.chunk(2, dim=1)
         features = features + skip
         if flow.gates is None:

@@ -9,64 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from audio import write_wav
 from config import Config, TrainConfig
 from data import make_train_loader
-from fast.estimators import Estimator
-from model import FlowVocoder, row_orders
-from modules import SQRT_HALF, FlowLoss, WeightNorm, permute_rows, shift_down, squeeze
+from fast.estimators import Execution
+from model import FlowVocoder
+from modules import FlowLoss
 from training.precision import make_precision
 
 SEGMENT = 16_000  # samples of a training crop
 LOADER_CLIPS, LOADER_SECONDS, LOADER_BATCHES = 200, 6.5, 400  # clips as long as LJSpeech's on average
-
-
-# --- the baseline -----------------------------------------------------------------------------------------
-
-
-def plain_forward(model: FlowVocoder, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
-    """The likelihood as plainly as it can be written: what `FlowVocoder.forward` is measured against.
-
-    Weight norm, the flow embedding's product and the conditioning's product are computed in every call of an
-    estimator, in the memory layout that PyTorch takes by default. Returns z [B, 1, h, W] and log|det| [B].
-    """
-    x = squeeze(audio.unsqueeze(1), model.config.n_height)
-    log_det = x.new_zeros(len(x))
-    conditioning = model.condition(mel, audio.size(1))
-    for flow, (permutation, order) in enumerate(row_orders(model.config)):
-        x = permute_rows(x, permutation)
-        features = _plain_estimate(model, flow, shift_down(x), permute_rows(conditioning, order))
-        transform = model.transforms[flow % len(model.transforms)]
-        x, flow_log_det = transform(x, transform.project(features))
-        log_det = log_det + flow_log_det.flatten(1).sum(1)
-    return x, log_det
-
-
-def _plain_estimate(model: FlowVocoder, flow: int, x: Tensor, conditioning: Tensor) -> Tensor:
-    estimator: Estimator = model.estimators[flow % len(model.estimators)]
-    hidden, features = _conv(estimator.front_conv, x), 0
-    for index, layer in enumerate(estimator.layers):
-        dilation_h, dilation_w = layer.dilation
-        past = F.pad(hidden, (0, 0, 2 * dilation_h, 0))
-        both = _conv(layer.gate_conv, past, padding=(0, dilation_w), dilation=layer.dilation)
-        both = both + _conv(layer.cond_conv, conditioning)
-        if layer.embed_conv is not None:
-            both = both + _conv(layer.embed_conv, model.flow_embedding.table()[flow].view(1, -1, 1, 1))
-        filters, gates = both.chunk(2, dim=1)
-        residual, skip = _conv(layer.res_skip_conv, torch.tanh(filters) * torch.sigmoid(gates)).chunk(2, dim=1)
-        features = features + skip
-        if model.gates is None:
-            hidden = (hidden + residual) * SQRT_HALF
-        else:
-            hidden = hidden + residual * model.gates[flow][index].view(-1, 1, 1)
-    return features
-
-
-def _conv(conv: WeightNorm, x: Tensor, padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1)) -> Tensor:
-    return F.conv2d(x, conv.weight(), conv.bias, padding=padding, dilation=dilation)
 
 
 # --- steps ------------------------------------------------------------------------------------------------
@@ -80,13 +34,14 @@ def _crops(model: FlowVocoder, options: argparse.Namespace) -> tuple[Tensor, Ten
 
 
 def baseline_step(model: FlowVocoder, options: argparse.Namespace, _precision: str) -> tuple[Callable, int, float]:
-    """A plain eager step in float32."""
+    """A plain eager step in float32: the model as `modules.py` has it, convolution by convolution."""
     audio, mel = _crops(model, options)
     loss_fn, optimizer = FlowLoss(), _adam(model)
 
     def run() -> None:
+        model.execution = Execution(plain=True)
         optimizer.zero_grad()
-        loss_fn(plain_forward(model, audio, mel)).backward()
+        loss_fn(model(audio, mel)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
 
@@ -100,11 +55,10 @@ def training_step(
     audio, mel = _crops(model, options)
     loss_fn, optimizer = FlowLoss(), _adam(model, fused=True)
     stepper = make_precision(TrainConfig(fp16_run=precision != "float32"), model, optimizer)
+    execution = Execution(compile=options.compile, checkpoint_activations=checkpoint_activations)
 
     def run() -> None:
-        model.checkpoint_activations = checkpoint_activations
-        for estimator in model.estimators:
-            estimator.compiled = options.compile
+        model.execution = execution
         with stepper.autocast():
             outputs = model(audio, mel)
         stepper.step(loss_fn(outputs))

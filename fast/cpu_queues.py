@@ -1,4 +1,4 @@
-"""The layer steps of synthesis on a CPU: two convolution queues.
+"""Twin of `EstimatorLayer.forward` for one row on a CPU: two convolution queues.
 
 A queue keeps for each layer the rows that later rows will see, in a ring: row r overwrites row r - 3 dilation_h, and
 the weights are stored so that each rotation of the ring is a slice of them. The rows of one product stand side by side.

@@ -1,101 +1,79 @@
-"""The estimator: a 2-D WaveNet, causal in height, symmetric in width. Shapes as in `modules.py`."""
+"""Twin of `Flow.forward` for likelihoods: what the flows of a pass share is computed once, by the fastest way.
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+Two ways, each with the convolutions of `Estimator.forward` as their meaning: convolutions over weights that are folded
+once, with channels innermost; and, on CPUs in full precision, the products of `winograd.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from config import WaveFlowConfig
-from fast.folding import fold_front, fold_projection, fold_residual, fold_skip, shrinkage
+from fast.folding import (
+    EstimatorWeights,
+    LayerWeights,
+    fold_estimators,
+    fold_front,
+    fold_projection,
+    fold_residual,
+    fold_skip,
+    shrinkage,
+)
 from fast.winograd import GatedLayer, Geometry, Layer, Workspace, padding, product_weights
-from modules import SQRT_HALF, Affine, Spline, WeightNorm, permute_rows
+from modules import SQRT_HALF, Affine, Estimator, Flow, Spline, permute_rows, shift_down
 
 
-class LayerWeights(NamedTuple):
-    """One estimator layer with weight norm folded; `gate_bias` [n_flow or 1, 2R] holds the flow's embedding too."""
+@dataclass(frozen=True)
+class Execution:
+    """How a likelihood is computed; what it gives is the same."""
 
-    gate: Tensor  # [2R, R, 3, 3]
-    gate_bias: Tensor
-    res_skip: Tensor  # [2R, R, 1, 1], first R rows residual, last R skip
-    res_skip_bias: Tensor  # [2R]
-    conditioning: tuple[Tensor, Tensor]  # [2R, M, 1, 1], [2R]
-
-    def to(self, dtype: torch.dtype) -> "LayerWeights":
-        """The same in another precision."""
-        *own, (weight, bias) = self
-        return LayerWeights(*(tensor.to(dtype) for tensor in own), (weight.to(dtype), bias.to(dtype)))
+    plain: bool = False  # by `modules.py` itself, the reference
+    compile: bool = False  # torch.compile training steps, where Winograd's products are not faster still
+    checkpoint_activations: bool = False  # keep one flow's activations at a time, recomputing them for gradients
 
 
-class EstimatorLayer(nn.Module):
-    """The parameters of one gated layer: 3x3 dilated, 1x1 conditioning, 1x1 embedding, 1x1 residual and skip."""
+class FastFlows:
+    """The flows of one pass over a batch; called like `Flow.forward`, whose numbers it gives."""
 
-    def __init__(self, res_channels: int, cin_channels: int, size_flow_embed: int, dilation: tuple[int, int]) -> None:
-        super().__init__()
-        self.dilation = dilation
-        self.gate_conv = WeightNorm(2 * res_channels, res_channels, 3, 3)
-        self.cond_conv = WeightNorm(2 * res_channels, cin_channels, 1, 1)
-        self.embed_conv = WeightNorm(2 * res_channels, size_flow_embed, 1, 1) if size_flow_embed else None
-        self.res_skip_conv = WeightNorm(2 * res_channels, res_channels, 1, 1)
+    def __init__(self, flows: Sequence[Flow], execution: Execution) -> None:
+        self.flows, self.execution = flows, execution
+        self._bound: dict[Estimator, ConvEstimator | WinogradEstimator] = {}
 
-    def fold(self, flow_embedding: Tensor | None) -> LayerWeights:
-        """Weights without weight norm; the embedding table [n_flow, E] becomes a bias for each flow."""
-        gate_bias = self.gate_conv.bias.unsqueeze(0)
-        if self.embed_conv is not None:
-            gate_bias = gate_bias + F.linear(flow_embedding, self.embed_conv.weight().flatten(1), self.embed_conv.bias)
-        return LayerWeights(
-            gate=self.gate_conv.weight().contiguous(memory_format=torch.channels_last),
-            gate_bias=gate_bias,
-            res_skip=self.res_skip_conv.weight(),
-            res_skip_bias=self.res_skip_conv.bias,
-            conditioning=(self.cond_conv.weight(), self.cond_conv.bias),
-        )
+    def __call__(self, flow: Flow, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, 1, h, W], conditioning [B, M, h, W], the same in every call -> z [B, 1, h, W], log|det| [B]."""
+        if not self._bound:
+            self._bound = self._bind(conditioning)
+        estimator = self._bound[flow.estimator]
+        if not (self.execution.checkpoint_activations and torch.is_grad_enabled()):
+            return _forward(flow, x, estimator)
+        if estimator.keeps:
+            estimator.prepare(flow.order)  # made here, outside what is recomputed
+        return checkpoint(_forward, flow, x, estimator, use_reentrant=False)
 
-
-class Estimator(nn.Module):
-    """The 2-D WaveNet of a flow (WaveFlow, section 3): features of row r from rows <= r of its input.
-
-    Causal in height, symmetric in width. NanoFlow gives one estimator to all flows.
-    """
-
-    def __init__(self, config: WaveFlowConfig) -> None:
-        super().__init__()
-        self.compiled = False  # torch.compile training steps, where Winograd's products are not faster still
-        self.front_conv = WeightNorm(config.res_channels, 1, 1, 1)
-        size_flow_embed = config.size_flow_embed if config.coupling_type == "nanoflow" else 0
-        self.layers = nn.ModuleList(
-            EstimatorLayer(config.res_channels, config.cin_channels, size_flow_embed, config.dilations(layer))
-            for layer in range(config.n_layer)
-        )
-
-    def bind(
-        self,
-        conditioning: Tensor,
-        flow_embedding: Tensor | None = None,
-        shared: bool = False,
-        workspace: Workspace | None = None,
-    ) -> "BoundEstimator | WinogradEstimator":
-        """The estimator for one pass: what all flows that use it share is computed once.
-
-        conditioning [B, M, h, W] in the row order of the audio; flow_embedding [n_flow, E] or None. Given
-        the pass's workspace, a faster way than convolutions is taken where there is one; they are the reference.
-        """
+    def _bind(self, conditioning: Tensor) -> "dict[Estimator, ConvEstimator | WinogradEstimator]":
         kind = conditioning.device.type
         with torch.autocast(kind, enabled=False):
-            weights = [layer.fold(flow_embedding) for layer in self.layers]
-            front = (self.front_conv.weight(), self.front_conv.bias)
+            folded = fold_estimators(self.flows)
         if torch.is_autocast_enabled(kind):  # cast here, they are not cast again for every flow
-            dtype = torch.get_autocast_dtype(kind)
-            weights = [layer.to(dtype) for layer in weights]
-            front = (front[0].to(dtype), front[1].to(dtype))
-        dilations = [layer.dilation for layer in self.layers]
-        if workspace is not None and _suits_winograd(conditioning, len(self.layers)):
-            return WinogradEstimator(front, weights, dilations, conditioning, flow_embedding is not None, workspace)
-        run = _compiled_estimate() if self.compiled and torch.is_grad_enabled() else _estimate
-        return BoundEstimator(front, weights, dilations, conditioning, shared, run)
+            folded = {key: weights.to(torch.get_autocast_dtype(kind)) for key, weights in folded.items()}
+        if _suits_winograd(conditioning, len(self.flows[0].estimator.layers)):
+            workspace, has_gates = Workspace(), self.flows[0].gates is not None
+            return {
+                key: WinogradEstimator(weights, conditioning, has_gates, workspace) for key, weights in folded.items()
+            }
+        run = _compiled_estimate() if self.execution.compile and torch.is_grad_enabled() else _estimate
+        keeps = len(folded) < len(self.flows)
+        return {key: ConvEstimator(weights, conditioning, keeps, run) for key, weights in folded.items()}
+
+
+def _forward(flow: Flow, x: Tensor, estimator: "ConvEstimator | WinogradEstimator") -> tuple[Tensor, Tensor]:
+    x = permute_rows(x, flow.permutation)
+    z, log_det = flow.transform(x, estimator.params(flow, shift_down(x)))
+    return z, log_det.flatten(1).sum(1)
 
 
 def _suits_winograd(conditioning: Tensor, n_layer: int) -> bool:
@@ -105,66 +83,58 @@ def _suits_winograd(conditioning: Tensor, n_layer: int) -> bool:
     return device == "cpu" and not torch.is_autocast_enabled(device) and 4 * padding(width, n_layer) <= width
 
 
-@dataclass
-class BoundEstimator:
-    """An estimator with its weights folded; one that is shared is called by every flow."""
+# --- by convolutions ------------------------------------------------------------------------------------------------
 
-    front: tuple[Tensor, Tensor]
-    weights: list[LayerWeights]
-    dilations: list[tuple[int, int]]
-    conditioning: Tensor
-    keeps: bool  # what `prepare` gives
-    run: Callable[..., Tensor]
-    _products: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
 
-    def params(
-        self, x: Tensor, prepared: list[Tensor], flow: int, gates: Tensor | None, transform: Affine | Spline
-    ) -> Tensor:
-        """Parameters [B, P, h', W] of the flow's transform for the first h' rows, x [B, 1, h', W]."""
-        return transform.project(self(x, prepared, flow, gates))
+class ConvEstimator:
+    """Twin of `Estimator.forward` and the projection for one pass, by convolutions over folded weights.
 
-    def __call__(self, x: Tensor, products: list[Tensor], flow: int, gates: Tensor | None = None) -> Tensor:
-        """Features [B, R, h', W] of the first h' rows, x [B, 1, h', W].
+    conditioning [B, M, h, W] in the row order of the audio; keeps: what `prepare` gives, as a shared estimator does.
+    Channels are innermost in memory throughout: the dilated convolutions are then matrix products at full speed on CPUs
+    and in half precision on GPUs.
+    """
 
-        products: what `prepare` gave for the flow's row order; flow picks the embedding; gates [L, R] replace
-        sqrt(1/2) in the residual update (NanoFlow, section 3.3). Channels are innermost in memory throughout: the
-        dilated convolutions are then matrix products at full speed on CPUs and in half precision on GPUs.
-        """
+    def __init__(
+        self, weights: EstimatorWeights, conditioning: Tensor, keeps: bool, run: Callable[..., Tensor]
+    ) -> None:
+        self.weights, self.conditioning, self.keeps, self.run = weights, conditioning, keeps, run
+        self._products: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def params(self, flow: Flow, x: Tensor) -> Tensor:
+        """Parameters [B, P, h, W] of the flow's transform, from x [B, 1, h, W] moved down by a row."""
         if self.run is not _estimate and not x.requires_grad:
             x = x.detach().requires_grad_()  # the first flow too runs the graph that the others need
-        biases = [weights.gate_bias[flow % len(weights.gate_bias)] for weights in self.weights]
-        products = [product[:, :, : x.size(2)] for product in products]
-        return self.run(x, self.front, self.weights, biases, self.dilations, products, gates)
+        biases = [weights.bias_of(flow.index) for weights in self.weights.layers]
+        return project(flow.transform, self.run(x, self.weights, biases, self.prepare(flow.order), flow.gates))
 
     def prepare(self, order: tuple[int, ...]) -> list[Tensor]:
-        """Each layer's conditioning product [B, 2R, h, W] with the rows in `order`.
-
-        A shared estimator keeps them: the few orders that occur are computed once each.
-        """
+        """Conditioning product [B, 2R, h, W] of each layer, rows in `order`; the few orders that occur are kept."""
         if order in self._products:
             return self._products[order]
         permuted = permute_rows(self.conditioning, order).contiguous(memory_format=torch.channels_last)
-        products = [F.conv2d(permuted, *weights.conditioning) for weights in self.weights]
+        products = [F.conv2d(permuted, layer.conditioning, layer.conditioning_bias) for layer in self.weights.layers]
         if self.keeps:
             self._products[order] = products
         return products
 
 
+def project(transform: Affine | Spline, features: Tensor) -> Tensor:
+    """Twin of `transform.project` that stays in the precision of the weights also under autocast: the likelihood adds
+    up log_s of every sample, so half precision stops here."""
+    weight, bias = transform.fold()
+    with torch.autocast(features.device.type, enabled=False):
+        return F.conv2d(features.to(weight.dtype), weight, bias)
+
+
 def _estimate(
-    x: Tensor,
-    front: tuple[Tensor, Tensor],
-    layers: list[LayerWeights],
-    biases: list[Tensor],
-    dilations: list[tuple[int, int]],
-    products: list[Tensor],
-    gates: Tensor | None,
+    x: Tensor, weights: EstimatorWeights, biases: list[Tensor], products: list[Tensor], gates: Tensor | None
 ) -> Tensor:
-    """What `BoundEstimator` computes; a function of tensors, so that all flows run one compiled graph."""
-    hidden = F.conv2d(x, *front).contiguous(memory_format=torch.channels_last)  # [B, R, h', W]
+    """Features [B, R, h, W]; a function of tensors, so that all flows run one compiled graph."""
+    hidden = F.conv2d(x, *weights.front).contiguous(memory_format=torch.channels_last)  # [B, R, h, W]
     features = 0
-    for index, (weights, bias, dilation) in enumerate(zip(layers, biases, dilations, strict=True)):
-        gated = _gated(hidden, weights.gate, bias, products[index], dilation)
-        residual, skip = _residual_and_skip(gated, weights, is_last=index == len(layers) - 1)
+    for index, (layer, bias, dilation) in enumerate(zip(weights.layers, biases, weights.dilations, strict=True)):
+        gated = _gated(hidden, layer.gate, bias, products[index], dilation)
+        residual, skip = _residual_and_skip(gated, layer, is_last=index == len(weights.layers) - 1)
         features = features + skip
         if residual is not None:
             hidden = _update(hidden, residual, None if gates is None else gates[index])
@@ -180,7 +150,7 @@ def _compiled_estimate() -> Callable[..., Tensor]:
 def _gated(hidden: Tensor, weight: Tensor, bias: Tensor, product: Tensor, dilation: tuple[int, int]) -> Tensor:
     dilation_h, dilation_w = dilation
     past = F.pad(hidden, (0, 0, 2 * dilation_h, 0))  # causal: rows above only
-    both = F.conv2d(past, weight, bias, padding=(0, dilation_w), dilation=dilation) + product  # [B, 2R, h', W]
+    both = F.conv2d(past, weight, bias, padding=(0, dilation_w), dilation=dilation) + product  # [B, 2R, h, W]
     filters, gates = both.chunk(2, dim=1)
     return torch.tanh(filters) * torch.sigmoid(gates)
 
@@ -200,57 +170,47 @@ def _update(hidden: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class WinogradEstimator:
-    """An estimator for one pass by the layers of `winograd.py`, equal to `BoundEstimator`.
+    """Twin of `Estimator.forward` and the projection for one pass, by the layers of `winograd.py`.
 
     conditioning [B, M, h, W] in the row order of the audio.
     """
 
     keeps = True  # what `prepare` gives
 
-    def __init__(
-        self,
-        front: tuple[Tensor, Tensor],
-        weights: list[LayerWeights],
-        dilations: list[tuple[int, int]],
-        conditioning: Tensor,
-        has_gates: bool,
-        workspace: Workspace,
-    ) -> None:
-        self.weights, self.dilations, self.conditioning, self.workspace = weights, dilations, conditioning, workspace
-        self.shrinks = shrinkage(len(weights), has_gates)
-        taps = [layer.gate.permute(2, 3, 1, 0) * shrink for layer, shrink in zip(weights, self.shrinks, strict=True)]
-        self.front, self.entry = fold_front(front, taps[0])
+    def __init__(self, weights: EstimatorWeights, conditioning: Tensor, has_gates: bool, workspace: Workspace) -> None:
+        self.weights, self.conditioning, self.workspace = weights, conditioning, workspace
+        layers = weights.layers
+        self.shrinks = shrinkage(len(layers), has_gates)
+        taps = [layer.gate.permute(2, 3, 1, 0) * shrink for layer, shrink in zip(layers, self.shrinks, strict=True)]
+        self.front, self.entry = fold_front(weights.front, taps[0])
         self.products = [None, *(product_weights(tap) for tap in taps[1:])]
 
     def prepare(self, order: tuple[int, ...]) -> Tensor:
-        """The conditioning for a flow with this row order, as `Workspace.rows`."""
-        return self.workspace.rows(self.conditioning, order, len(self.weights))
+        """Conditioning for a flow with this row order, as `Workspace.rows` gives it."""
+        return self.workspace.rows(self.conditioning, order, len(self.weights.layers))
 
-    def params(
-        self, x: Tensor, prepared: Tensor, flow: int, gates: Tensor | None, transform: Affine | Spline
-    ) -> Tensor:
-        """Parameters [B, P, h, W] of the flow's transform, as `BoundEstimator.params`."""
-        project, offset = fold_projection(transform)
-        width = x.size(3)
-        hidden, params = None, x.new_zeros(*prepared.shape[:3], len(project))
-        for index, weights in enumerate(self.weights):
+    def params(self, flow: Flow, x: Tensor) -> Tensor:
+        """Parameters [B, P, h, W] of the flow's transform, as `ConvEstimator.params`."""
+        conditioning, width = self.prepare(flow.order), x.size(3)
+        project, offset = fold_projection(flow.transform)
+        hidden, params = None, x.new_zeros(*conditioning.shape[:3], len(project))
+        for index, weights in enumerate(self.weights.layers):
             skip, skip_offset = fold_skip(project, weights)
             offset = offset + skip_offset
-            layer = self._layer(index, flow, None if gates is None else gates[index], skip)
+            layer = self._layer(index, flow, skip)
             if index == 0:
-                hidden, params = self._enter(x, prepared, params, layer)
+                hidden, params = self._enter(x, conditioning, params, layer)
             else:
-                geometry = Geometry(self.dilations[index], width, self.workspace)
-                hidden, params = GatedLayer.apply(geometry, hidden, params, prepared, *layer)
-        return (params + offset)[:, :, :width, : transform.n_params].permute(0, 3, 1, 2)
+                geometry = Geometry(self.weights.dilations[index], width, self.workspace)
+                hidden, params = GatedLayer.apply(geometry, hidden, params, conditioning, *layer)
+        return (params + offset)[:, :, :width, : flow.transform.n_params].permute(0, 3, 1, 2)
 
-    def _layer(self, index: int, flow: int, gate: Tensor | None, skip: Tensor) -> Layer:
-        weights, residual = self.weights[index], (None, None)
-        if index < len(self.weights) - 1:
-            residual = fold_residual(weights, self.shrinks[index], gate)
-        conditioning, bias = weights.conditioning
-        bias = bias + weights.gate_bias[flow % len(weights.gate_bias)]
-        return Layer(self.products[index], conditioning.flatten(1).t(), bias, *residual, skip)
+    def _layer(self, index: int, flow: Flow, skip: Tensor) -> Layer:
+        weights, residual = self.weights.layers[index], (None, None)
+        if index < len(self.weights.layers) - 1:
+            residual = fold_residual(weights, self.shrinks[index], None if flow.gates is None else flow.gates[index])
+        bias = weights.conditioning_bias + weights.bias_of(flow.index)
+        return Layer(self.products[index], weights.conditioning.flatten(1).t(), bias, *residual, skip)
 
     def _enter(self, x: Tensor, conditioning: Tensor, params: Tensor, layer: Layer) -> tuple[Tensor | None, Tensor]:
         """Layer 0, whose input of one channel is cheap to multiply as it is."""

@@ -1,4 +1,4 @@
-"""Synthesis on an accelerator: each flow of a bucket of columns is one captured graph.
+"""Twin of `Flow.inverse` on an accelerator: each flow of a bucket of columns is one captured graph.
 
 A clip is some thousand layer steps one after the other, each of a few microseconds: launched one by one, launching
 is all that is seen. So the inverse of a flow is captured once for a number of columns, with buffers that stay where
@@ -7,7 +7,7 @@ are rounded up to a few sizes (buckets); the columns too many belong to no clip,
 kept zero where a convolution would see them, and multiply nothing in the fused kernel. Graphs are dropped, the longest
 unused first, when their columns come to more than two of the largest bucket's.
 
-Many clips lie side by side on one row of columns (see `synthesis.py`). A clip longer than the largest bucket is cut
+Many clips lie side by side on one row of columns (see `cpu.py`). A clip longer than the largest bucket is cut
 into segments, one flow at a time: row 0 of a flow sees the clip's edge 2^L - 1 columns away, and each row below it
 as much farther, so h (2^L - 1) columns of overlap on each side make the result the same as without segments.
 
@@ -17,18 +17,14 @@ Without an accelerator the same steps run uncaptured, so that all but the captur
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fast.engine import upsampled_columns
 from fast.folding import fold_flows
 from fast.gpu_step import BLOCK, State, StepFlow, arrange, can_fuse, finish_row, layer_step, prepare
-
-if TYPE_CHECKING:
-    from model import FlowVocoder
-    from modules import Upsampler
+from modules import Flow, Upsampler
 
 MAX_COLUMNS = 2**17  # of a bucket: 95 s at height 16, about 2 GB for 128 channels in float32
 BUCKETS_PER_OCTAVE = 4
@@ -58,18 +54,18 @@ class GraphEngine:
 
     def __init__(
         self,
-        model: "FlowVocoder",
-        upsampler: "Upsampler",
+        flows: Sequence[Flow],
+        upsampler: Upsampler,
         dtype: torch.dtype,
         fused: bool | None = None,
         max_columns: int = MAX_COLUMNS,
     ) -> None:
-        config, device = model.config, next(model.parameters()).device
-        self.height, self.upsampler = config.n_height, upsampler
-        self.gap = 2 ** (config.n_layer - 1)  # the largest dilation_w
-        self.reach = (2**config.n_layer - 1) * config.n_height
+        n_layer, device = len(flows[0].estimator.layers), upsampler.convs[0].bias.device
+        self.height, self.upsampler = len(flows[0].order), upsampler
+        self.gap = 2 ** (n_layer - 1)  # the largest dilation_w
+        self.reach = (2**n_layer - 1) * self.height
         self.max_columns = bucket(max(max_columns, 4 * self.reach))
-        self.flows = [prepare(flow) for flow in fold_flows(model, dtype, arrange)]
+        self.flows = [prepare(flow) for flow in fold_flows(flows, dtype, arrange)]
         if fused is None:
             fused = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # TF32, bfloat16
         self.fused = fused and can_fuse(self.flows[0])
@@ -147,7 +143,7 @@ class _Bucket:
             with torch.cuda.device(self.state.noise.device):
                 self._graphs = self._capture()
 
-    def load(self, pieces: Sequence[Piece], noise: Sequence[Tensor], upsampler: "Upsampler") -> None:
+    def load(self, pieces: Sequence[Piece], noise: Sequence[Tensor], upsampler: Upsampler) -> None:
         """Put in the noise [h, n] and the conditioning of each piece."""
         state = self.state
         state.mask.zero_()
@@ -155,7 +151,7 @@ class _Bucket:
             columns = slice(piece.at, piece.at + piece.stop - piece.start)
             state.mask[columns] = 1
             state.noise[:, columns] = z
-            samples = upsampled_columns(upsampler, piece.mel, state.height, piece.start, piece.stop)  # [h, n, M]
+            samples = upsampler.columns(piece.mel, state.height, piece.start, piece.stop)  # [h, n, M]
             state.conditioning[:, columns, : samples.size(2)] = samples
             state.conditioning[:, columns, samples.size(2)] = 1  # multiplies the biases
         state.planes[1, 2:, 1:-1] = state.mask

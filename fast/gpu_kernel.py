@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN003, ANN201, ANN202, SIM108 -- the compiler knows the types, and no ternaries of blocks
-"""The fused layer step of `kernels.py` in Triton; importing this needs it.
+"""Twin of `gpu_step.plain_step` in Triton, which importing this needs.
 
 Products run over blocks of columns by all 2R outputs, block_k channels of one tap at a time; sums, the gate and the
 parameters of the transform stay in float32. TRITON_INTERPRET=1 runs it on a CPU, to test it.

@@ -1,4 +1,4 @@
-"""The layer steps of synthesis on an accelerator: one fused Triton kernel, and the same in plain PyTorch.
+"""Twin of `EstimatorLayer.forward` for one row on an accelerator: a fused Triton kernel, and the same in plain PyTorch.
 
 A layer step makes one row of one layer, for all columns: it reads the rows r, r - dilation_h and r - 2 dilation_h of
 the layer's input from a ring, multiplies their nine taps and the conditioning with the gate's weights, gates, adds

@@ -1,4 +1,4 @@
-"""A layer of the estimator in training on a CPU: its convolution in Winograd's domain, forward and backward.
+"""Twin of `EstimatorLayer.forward` in training on a CPU: its convolution in Winograd's domain, forward and backward.
 
 A layer with dilation d sees columns d apart. Take its input in blocks of d columns, E_0 O_0 E_1 O_1 ...; the three
 width taps g0, g1, g2 give the pair of output blocks j from O_{j-1}, E_j, O_j, E_{j+1}. F(2, 3) of Lavin and Gray
@@ -14,7 +14,7 @@ products for the planes and four for the weights. Rows above come in as further 
 Channels are innermost, and the work goes some rows at a time, so that what lies between two products stays in cache.
 The skip branches and the projection are merged, as in `folding.py`: their product is R -> P and not R -> R -> P. The
 conditioning's product is not kept for the flows that share it: with its gradient it would be most of the memory.
-`estimator.py` has the plain convolutions that this is equal to, and says when it is used.
+`estimators.py` says when it is used.
 """
 
 import math
@@ -127,7 +127,7 @@ def _products_backward(
 ) -> None:
     """Of `_add_products`, from the gradient [2, h, N, 2R] of these rows and those below: the planes' gradient
     [2, c, N, R] into into[0], the weights' [3, 2, R, 2R] added to into[1]. Here planes [2, c, N, R] are these rows'."""
-    d_planes, d_weights = into
+    grad_planes, grad_weights = into
     n_rows, height = rows.stop - rows.start, gradient.size(1)
     for age in range(3):
         n_seen = min(n_rows, height - age * dilation_h - rows.start)
@@ -137,10 +137,10 @@ def _products_backward(
         below = gradient[:, rows.start + age * dilation_h :][:, :n_seen].flatten(1, 2)
         seen = planes[:, :n_seen].flatten(1, 2)
         if age == 0:
-            torch.bmm(below, tap, out=d_planes.flatten(1, 2))
+            torch.bmm(below, tap, out=grad_planes.flatten(1, 2))
         else:
-            d_planes[:, :n_seen].flatten(1, 2).baddbmm_(below, tap)
-        d_weights[2 - age].baddbmm_(seen.transpose(1, 2), below)
+            grad_planes[:, :n_seen].flatten(1, 2).baddbmm_(below, tap)
+        grad_weights[2 - age].baddbmm_(seen.transpose(1, 2), below)
 
 
 # --- a layer ------------------------------------------------------------------------------------------------------
@@ -189,20 +189,20 @@ class GatedLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_after: Tensor | None, d_params: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_after: Tensor | None, grad_params: Tensor) -> tuple[Tensor | None, ...]:
         hidden, conditioning, branches, *weights = ctx.saved_tensors
-        d_hidden, d_conditioning = hidden.new_empty(hidden.shape), conditioning.new_empty(conditioning.shape)
-        d_layer = Layer(*(None if weight is None else torch.zeros_like(weight) for weight in weights))
+        grad_hidden, grad_conditioning = hidden.new_empty(hidden.shape), conditioning.new_empty(conditioning.shape)
+        grad_layer = Layer(*(None if weight is None else torch.zeros_like(weight) for weight in weights))
         for clip in range(len(hidden)):
-            clip_d_after = None if d_after is None else d_after[clip]
+            clip_grad_after = None if grad_after is None else grad_after[clip]
             _backward(
                 Layer(*weights),
                 ctx.geometry,
                 (hidden[clip], conditioning[clip], branches[clip]),
-                (clip_d_after, d_params[clip]),
-                (d_hidden[clip], d_conditioning[clip], d_layer),
+                (clip_grad_after, grad_params[clip]),
+                (grad_hidden[clip], grad_conditioning[clip], grad_layer),
             )
-        return None, d_hidden, d_params, d_conditioning, *d_layer
+        return None, grad_hidden, grad_params, grad_conditioning, *grad_layer
 
 
 def _rows(height: int, columns: int) -> list[slice]:
@@ -271,37 +271,37 @@ def _backward(
     layer: Layer,
     geometry: Geometry,
     saved: tuple[Tensor, Tensor, Tensor],
-    d_outputs: tuple[Tensor | None, Tensor],
-    d_inputs: tuple[Tensor, Tensor, Layer],
+    grad_outputs: tuple[Tensor | None, Tensor],
+    grad_inputs: tuple[Tensor, Tensor, Layer],
 ) -> None:
     """One clip, from the gradients of `after` and `params`: those of hidden and conditioning are written, those of
     the weights are added to. The lowest rows come first, which need nothing of those above them."""
     (_, d), clip_width, workspace = geometry
     hidden, conditioning, branches = saved
-    (d_after, d_params), (d_hidden, d_conditioning, d_layer) = d_outputs, d_inputs
+    (grad_after, grad_params), (grad_hidden, grad_conditioning, grad_layer) = grad_outputs, grad_inputs
     height, width, n_res = hidden.shape
     mel_weights = _mel_weights(layer)
-    d_mel_weights = torch.zeros_like(mel_weights)
-    d_both = workspace.buffer("d_both", hidden, 2, height, width // 2, 2 * n_res)
-    d_sums = workspace.buffer("d_sums", hidden, 2, height, width // 2, 2 * n_res)
+    grad_mel_weights = torch.zeros_like(mel_weights)
+    grad_both = workspace.buffer("grad_both", hidden, 2, height, width // 2, 2 * n_res)
+    grad_sums = workspace.buffer("grad_sums", hidden, 2, height, width // 2, 2 * n_res)
     for rows in reversed(_rows(height, width)):
         gated = _gated(branches[:, rows], d, workspace)
-        d_gated = _update_backward(layer, gated, d_after, d_params, rows, d_layer, workspace)
-        _gate_backward(d_gated, branches[:, rows], d, d_both[:, rows])
-        torch.add(d_both[0, rows], d_both[1, rows], out=d_sums[0, rows])
-        torch.sub(d_both[0, rows], d_both[1, rows], out=d_sums[1, rows])
-        d_layer.bias.add_(d_sums[0, rows].sum((0, 1)))
+        grad_gated = _update_backward(layer, gated, grad_after, grad_params, rows, grad_layer, workspace)
+        _gate_backward(grad_gated, branches[:, rows], d, grad_both[:, rows])
+        torch.add(grad_both[0, rows], grad_both[1, rows], out=grad_sums[0, rows])
+        torch.sub(grad_both[0, rows], grad_both[1, rows], out=grad_sums[1, rows])
+        grad_layer.bias.add_(grad_sums[0, rows].sum((0, 1)))
 
         mel = _mel_planes(conditioning[rows], d, workspace)
-        d_mel_weights.baddbmm_(mel.transpose(1, 2), d_sums[:, rows].flatten(1, 2))
-        torch.bmm(d_sums[:, rows].flatten(1, 2), mel_weights.transpose(1, 2), out=mel)
-        _sums_backward(mel, d, d_conditioning[rows])
+        grad_mel_weights.baddbmm_(mel.transpose(1, 2), grad_sums[:, rows].flatten(1, 2))
+        torch.bmm(grad_sums[:, rows].flatten(1, 2), mel_weights.transpose(1, 2), out=mel)
+        _sums_backward(mel, d, grad_conditioning[rows])
 
-        _planes_backward(layer, geometry, hidden, rows, (d_sums, d_both), (d_hidden, d_layer))
-        d_hidden[rows, clip_width:] = 0
-        if d_after is not None:
-            d_hidden[rows] += d_after[rows]
-    d_layer.conditioning.add_((d_mel_weights[0] - d_mel_weights[1]) / 2)
+        _planes_backward(layer, geometry, hidden, rows, (grad_sums, grad_both), (grad_hidden, grad_layer))
+        grad_hidden[rows, clip_width:] = 0
+        if grad_after is not None:
+            grad_hidden[rows] += grad_after[rows]
+    grad_layer.conditioning.add_((grad_mel_weights[0] - grad_mel_weights[1]) / 2)
 
 
 def _planes_backward(
@@ -309,54 +309,54 @@ def _planes_backward(
     geometry: Geometry,
     hidden: Tensor,
     rows: slice,
-    d_products: tuple[Tensor, Tensor],
-    d_inputs: tuple[Tensor, Layer],
+    grad_products: tuple[Tensor, Tensor],
+    grad_inputs: tuple[Tensor, Layer],
 ) -> None:
     """Of the convolution, from the gradients of its sums and of `both`: the hidden state's is written for these rows,
     the weights' is added to."""
     (dilation_h, d), _, workspace = geometry
-    d_hidden, d_layer = d_inputs
+    grad_hidden, grad_layer = grad_inputs
     n, width, n_res = hidden[rows].shape
     planes = workspace.buffer("planes", hidden, 4, n, width // 2, n_res)
     _sums(hidden[rows], d, planes[:2])
     _differences(hidden[rows], d, planes[2:])
-    d_planes = workspace.buffer("d_planes", hidden, 4, n, width // 2, n_res)
-    for pair, gradient in zip((slice(0, 2), slice(2, 4)), d_products, strict=True):
-        into = d_planes[pair], d_layer.products[:, pair]
+    grad_planes = workspace.buffer("grad_planes", hidden, 4, n, width // 2, n_res)
+    for pair, gradient in zip((slice(0, 2), slice(2, 4)), grad_products, strict=True):
+        into = grad_planes[pair], grad_layer.products[:, pair]
         _products_backward(gradient, planes[pair], layer.products[:, pair], rows, dilation_h, into)
-    _sums_backward(d_planes[:2], d, d_hidden[rows])
-    _add_differences_backward(d_planes[2:], d, d_hidden[rows])
+    _sums_backward(grad_planes[:2], d, grad_hidden[rows])
+    _add_differences_backward(grad_planes[2:], d, grad_hidden[rows])
 
 
 def _update_backward(
     layer: Layer,
     gated: Tensor,
-    d_after: Tensor | None,
-    d_params: Tensor,
+    grad_after: Tensor | None,
+    grad_params: Tensor,
     rows: slice,
-    d_layer: Layer,
+    grad_layer: Layer,
     workspace: Workspace,
 ) -> Tensor:
     """Of the residual update and the projection: the gradient [c W, R] of gated."""
-    d_params = d_params[rows].flatten(0, 1)
-    d_gated = workspace.buffer("d_gated", gated, *gated.shape)
-    torch.mm(d_params, layer.skip.t(), out=d_gated)
-    d_layer.skip.addmm_(gated.t(), d_params)
-    if d_after is not None:
-        d_after = d_after[rows].flatten(0, 1)
-        d_gated.addmm_(d_after, layer.residual.t())
-        d_layer.residual.addmm_(gated.t(), d_after)
-        d_layer.residual_bias.add_(d_after.sum(0))
-    return d_gated
+    grad_params = grad_params[rows].flatten(0, 1)
+    grad_gated = workspace.buffer("grad_gated", gated, *gated.shape)
+    torch.mm(grad_params, layer.skip.t(), out=grad_gated)
+    grad_layer.skip.addmm_(gated.t(), grad_params)
+    if grad_after is not None:
+        grad_after = grad_after[rows].flatten(0, 1)
+        grad_gated.addmm_(grad_after, layer.residual.t())
+        grad_layer.residual.addmm_(gated.t(), grad_after)
+        grad_layer.residual_bias.add_(grad_after.sum(0))
+    return grad_gated
 
 
-def _gate_backward(d_gated: Tensor, branches: Tensor, d: int, d_both: Tensor) -> None:
-    """Of tanh times sigmoid: d_gated [c W, R] -> d_both [2, c, W/2, 2R]."""
+def _gate_backward(grad_gated: Tensor, branches: Tensor, d: int, grad_both: Tensor) -> None:
+    """Of tanh times sigmoid: grad_gated [c W, R] -> grad_both [2, c, W/2, 2R]."""
     _, n_rows, half, n_both = branches.shape
-    d_gated = d_gated.view(n_rows, half // d, 2, d, n_both // 2).movedim(2, 0)
+    grad_gated = grad_gated.view(n_rows, half // d, 2, d, n_both // 2).movedim(2, 0)
     filters, gates = branches.unflatten(2, (-1, d)).chunk(2, dim=4)
-    d_filters, d_gates = d_both.unflatten(2, (-1, d)).chunk(2, dim=4)
-    torch.mul(d_gated, gates, out=d_filters)
-    torch.ops.aten.tanh_backward.grad_input(d_filters, filters, grad_input=d_filters)
-    torch.mul(d_gated, filters, out=d_gates)
-    torch.ops.aten.sigmoid_backward.grad_input(d_gates, gates, grad_input=d_gates)
+    grad_filters, grad_gates = grad_both.unflatten(2, (-1, d)).chunk(2, dim=4)
+    torch.mul(grad_gated, gates, out=grad_filters)
+    torch.ops.aten.tanh_backward.grad_input(grad_filters, filters, grad_input=grad_filters)
+    torch.mul(grad_gated, filters, out=grad_gates)
+    torch.ops.aten.sigmoid_backward.grad_input(grad_gates, gates, grad_input=grad_gates)

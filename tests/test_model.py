@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fast.estimators import Execution
 from harness.errors import InputError
 from model import build_model, count_parameters, row_orders
 from tests.support.vocoders import random_input, random_vocoder, small_config
@@ -51,9 +52,11 @@ def test_both_inverses_invert_forward(variant, shape):
     torch.testing.assert_close(fast, plain, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
-def test_log_det_is_that_of_the_jacobian(variant):
+def test_log_det_is_that_of_the_jacobian(variant, plain):
     model = random_vocoder(**variant, n_height=4, dtype=torch.float64, upsample_strides=(4, 2))
+    model.execution = Execution(plain=plain)
     audio, mel = random_input(model, frames=4)
     _, log_det = model(audio, mel)
     for item in range(2):
@@ -96,7 +99,7 @@ def test_every_parameter_that_can_matter_gets_a_gradient():
 def gradients_and_saved(recompute, coupling_type, n_flow):
     """The gradients of a likelihood, and how many numbers were kept for computing them."""
     model = random_vocoder(coupling_type, n_flow=n_flow, dtype=torch.float64)
-    model.checkpoint_activations = recompute
+    model.execution = Execution(checkpoint_activations=recompute)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         z, log_det = model(*random_input(model))

@@ -7,6 +7,7 @@ from config import WaveFlowConfig, section_from_dict
 from harness.errors import InputError
 from modules import (
     Affine,
+    Estimator,
     FlowEmbedding,
     FlowLoss,
     Spline,
@@ -115,13 +116,27 @@ def test_transform_inverts_and_its_log_det_is_autograds(kind):
     assert log_det.abs().max() > 0.01
 
 
-def test_projection_stays_in_float32_under_autocast():
-    transform = Affine(config())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert transform.project(torch.randn(1, 6, 2, 3, dtype=torch.bfloat16)).dtype == torch.float32
-
-
 def test_loss_is_the_negative_log_density_in_nats_per_sample():
     z, log_det = torch.randn(2, 1, 4, 5), torch.tensor([3.0, -1.0])
     density = torch.distributions.Normal(0.0, 0.7).log_prob(z).sum() + log_det.sum()
     torch.testing.assert_close(FlowLoss(0.7)((z, log_det)), -density / 40)
+
+
+@pytest.mark.parametrize("cycle", [1, 2, 3])
+def test_estimator_row_sees_rows_up_to_its_own_and_nothing_below(cycle):
+    torch.manual_seed(0)
+    estimator = Estimator(config(coupling_type="waveflow", n_layer_per_cycle=cycle))
+    x = torch.randn(1, 1, 8, 20, requires_grad=True)
+    features = estimator(x, torch.randn(1, 80, 8, 20))
+    [gradient] = torch.autograd.grad(features[:, :, 5].square().sum(), x)
+    rows = gradient[0, 0].abs().sum(1)
+    assert (rows[6:] == 0).all()
+    assert rows[5] > 0
+    assert rows[5 - 2] > 0
+
+
+def test_estimator_of_the_first_rows_is_the_first_rows_of_the_estimator():
+    torch.manual_seed(0)
+    estimator = Estimator(config(coupling_type="waveflow", n_layer_per_cycle=2))
+    x, mel = torch.randn(2, 1, 8, 20), torch.randn(2, 80, 8, 20)
+    torch.testing.assert_close(estimator(x[:, :, :3], mel[:, :, :3]), estimator(x, mel)[:, :, :3])

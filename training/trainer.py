@@ -19,6 +19,7 @@ from data import ClipDataset, load_synthesis_entry, make_train_loader
 from evaluation import ClipLikelihood, clip_likelihoods, summarise
 from harness.bad_steps import BadSteps
 from harness.devices import data_parallel, gradients_stay
+from fast.estimators import Execution
 from harness.errors import InputError
 from harness.log import NoLog, RunLog
 from harness.processes import agree, gather, is_main, mean, rank, world_size
@@ -50,9 +51,7 @@ class Trainer:
         train = config.train_config
         torch.manual_seed(train.seed)
         self.model = build_model(config.waveflow_config).to(device)
-        self.model.checkpoint_activations = train.checkpoint_activations
-        for estimator in self.model.estimators:
-            estimator.compiled = train.compile
+        self.model.execution = Execution(compile=train.compile, checkpoint_activations=train.checkpoint_activations)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=train.learning_rate, fused=True)
         self.schedule = Schedule(self.optimizer, train)
         self.precision = make_precision(train, self.model, self.optimizer)

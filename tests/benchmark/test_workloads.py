@@ -1,30 +1,14 @@
-"""The benchmark's training: its baseline is the same model, its options reach the step, its loader loads."""
+"""The benchmark's training: its options reach the step, its loader loads."""
 
 import argparse
 
-import pytest
 import torch
 
 from benchmark import __main__ as benchmark
-from benchmark.workloads import loader_speed, plain_forward
+from benchmark.workloads import loader_speed
 from config import load_config
-from modules import FlowLoss
 from tests.support.experiments import ROOT
-from tests.support.vocoders import random_input, random_vocoder
-
-
-@pytest.mark.parametrize("coupling_type", ["waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow"])
-def test_the_baseline_has_the_models_loss_and_gradients(coupling_type):
-    model = random_vocoder(coupling_type)
-    audio, mel = random_input(model)
-    results = []
-    for forward in (model, lambda *inputs: plain_forward(model, *inputs)):
-        model.zero_grad()
-        loss = FlowLoss()(forward(audio, mel))
-        loss.backward()
-        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
-    for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-3)
+from tests.support.vocoders import random_vocoder
 
 
 def test_a_training_workload_changes_the_weights():

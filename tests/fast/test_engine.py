@@ -90,7 +90,7 @@ def test_a_clip_that_is_not_finite_spoils_no_other(queue, transform, spoilt):
 
 @QUEUES
 def test_a_step_looks_only_at_the_silence_it_meets(queue):
-    flow = SynthesisEngine(random_vocoder(), queue=queue).flows[0]
+    flow = SynthesisEngine(random_vocoder(), queue=queue).back_end.flows[0]
     silent = [range(start, start + 3) for start in range(5, 100, 8)]
     held = queue(flow, width=64, tile=16, margin=4, silent=silent)
     held.base = 30
@@ -134,8 +134,8 @@ def test_a_cpu_with_half_precision_products_uses_them(precision, monkeypatch):
     assert slow_precision_warning(precision, torch.device("cpu")) is None
     engine = SynthesisEngine(case()[0], precision=precision)
     assert engine.dtype == getattr(torch, precision)
-    assert engine.queue is DirectQueue
-    assert SynthesisEngine(case()[0], precision="float32").queue is WinogradQueue
+    assert engine.back_end.queue is DirectQueue
+    assert SynthesisEngine(case()[0], precision="float32").back_end.queue is WinogradQueue
 
 
 def test_no_warning_in_full_precision_or_elsewhere(monkeypatch):

@@ -1,65 +1,66 @@
-"""The estimator sees what it may see, and is the same whichever way it is computed."""
+"""Fast likelihoods are the plain ones: values and gradients, in float64, whichever way they are computed."""
 
 import pytest
 import torch
 
-from config import WaveFlowConfig, section_from_dict
-from fast.estimators import BoundEstimator, Estimator, WinogradEstimator
-from fast.winograd import Workspace
-from modules import Affine
-from tests.support.vocoders import random_vocoder, small_config
+from fast import estimators
+from fast.estimators import ConvEstimator, Execution, FastFlows, WinogradEstimator, project
+from modules import Affine, FlowLoss
+from tests.support.vocoders import random_input, random_vocoder
+
+COUPLINGS = ["waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
 
 
-def config(**changes):
-    return section_from_dict(WaveFlowConfig, small_config(**changes))
+def loss_and_gradients(model, execution):
+    model.execution = execution
+    model.zero_grad()
+    loss = FlowLoss()(model(*random_input(model)))
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("cycle", [1, 2, 3])
-def test_estimator_row_sees_rows_up_to_its_own_and_nothing_below(cycle):
-    torch.manual_seed(0)
-    settings = config(coupling_type="waveflow", n_layer_per_cycle=cycle)
-    estimator = Estimator(settings)
-    x = torch.randn(1, 1, 8, 20, requires_grad=True)
-    bound = estimator.bind(torch.randn(1, 80, 8, 20))
-    features = bound(x, bound.prepare(tuple(range(8))), flow=0)
-    [gradient] = torch.autograd.grad(features[:, :, 5].square().sum(), x)
-    rows = gradient[0, 0].abs().sum(1)
-    assert (rows[6:] == 0).all()
-    assert rows[5] > 0
-    assert rows[5 - 2] > 0
-
-
-def test_estimator_of_the_first_rows_is_the_first_rows_of_the_estimator():
-    torch.manual_seed(0)
-    bound = Estimator(config(coupling_type="waveflow", n_layer_per_cycle=2)).bind(torch.randn(2, 80, 8, 20))
-    x, products = torch.randn(2, 1, 8, 20), bound.prepare(tuple(reversed(range(8))))
-    torch.testing.assert_close(bound(x[:, :, :3], products, flow=0), bound(x, products, flow=0)[:, :, :3])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("winograd", [False, True])
+@pytest.mark.parametrize("shape", [{"n_layer_per_cycle": 2, "n_height": 16}, {"transform": "spline"}, {"n_layer": 1}])
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_loss_and_gradients_are_those_of_the_plain_estimator(coupling, shape, winograd, recompute, monkeypatch):
+    monkeypatch.setattr(estimators, "_suits_winograd", lambda *_: winograd)
+    model = random_vocoder(coupling, dtype=torch.float64, **shape)
+    plain = loss_and_gradients(model, Execution(plain=True))
+    fast = loss_and_gradients(model, Execution(checkpoint_activations=recompute))
+    for ours, reference in zip(fast, plain, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-12, rtol=1e-9)
 
 
 def test_where_winograds_products_are_used():
-    estimator = Estimator(random_vocoder("waveflow").config)  # three layers: blocks of eight columns
+    model = random_vocoder("waveflow")  # three layers: blocks of eight columns
 
-    def bound(width=64, **options):
-        return estimator.bind(torch.zeros(1, 80, 8, width), **options)
+    def kind(width=64, **how):
+        [bound, *_] = FastFlows(model.flows(), Execution(**how))._bind(torch.zeros(1, 80, 8, width)).values()
+        return type(bound)
 
-    assert isinstance(bound(workspace=Workspace()), WinogradEstimator)
-    assert isinstance(bound(), BoundEstimator)
-    assert isinstance(bound(width=5, workspace=Workspace()), BoundEstimator)  # padding would be most of the work
+    assert kind() is WinogradEstimator
+    assert kind(width=5) is ConvEstimator  # padding would be most of the work
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert isinstance(bound(workspace=Workspace()), BoundEstimator)
-    estimator.compiled = True  # slower here
-    assert isinstance(bound(workspace=Workspace()), WinogradEstimator)
+        assert kind() is ConvEstimator
+    assert kind(compile=True) is WinogradEstimator  # compiling is slower here
 
 
-def test_merged_skip_and_projection_are_the_transforms_parameters():
-    torch.manual_seed(0)
-    model = random_vocoder("waveflow", dtype=torch.float64)
-    estimator, transform = model.estimators[0], Affine(model.config).double()
-    with torch.no_grad():
-        for parameter in transform.parameters():
-            parameter.normal_()
-    x, mel = torch.randn(2, 1, 8, 30, dtype=torch.float64), torch.randn(2, 80, 8, 30, dtype=torch.float64)
-    order = tuple(reversed(range(8)))
-    plain, fast = (estimator.bind(mel, workspace=workspace) for workspace in (None, Workspace()))
-    expected = transform.project(plain(x, plain.prepare(order), flow=0))
-    torch.testing.assert_close(fast.params(x, fast.prepare(order), 0, None, transform), expected)
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_what_flows_share_is_folded_and_prepared_once(coupling, monkeypatch):
+    monkeypatch.setattr(estimators, "_suits_winograd", lambda *_: False)
+    model = random_vocoder(coupling, n_flow=4)
+    flows, mel = model.flows(), torch.zeros(1, 80, 8, 64)
+    step, x = FastFlows(flows, Execution()), torch.zeros(1, 1, 8, 64)
+    for flow in flows:
+        step(flow, x, mel)
+    kept = [len(bound._products) for bound in step._bound.values()]
+    assert kept == ([0] * 4 if coupling == "waveflow" else [2])  # row orders that occur
+
+
+def test_projection_stays_in_float32_under_autocast():
+    transform, features = Affine(random_vocoder().config), torch.randn(1, 6, 2, 3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        params = project(transform, features)
+    assert params.dtype == torch.float32
+    torch.testing.assert_close(params, transform.project(features.float()))

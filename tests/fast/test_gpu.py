@@ -14,7 +14,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures g
 
 
 def engine_of(model, dtype=None, **options):
-    return GraphEngine(model, model.upsampler, dtype or next(model.parameters()).dtype, **options)
+    return GraphEngine(model.flows(), model.upsampler, dtype or next(model.parameters()).dtype, **options)
 
 
 def run(engine, mel, z):

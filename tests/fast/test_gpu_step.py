@@ -22,7 +22,7 @@ MODELS = {
 
 def case(dtype=torch.float32, width=256, **changes):
     """A flow and its state in the middle of things: columns of two clips and of none, an empty block at the end."""
-    flow = prepare(fold_flows(random_vocoder("waveflow", **changes).to(DEVICE), dtype, arrange)[1])
+    flow = prepare(fold_flows(random_vocoder("waveflow", **changes).to(DEVICE).flows(), dtype, arrange)[1])
     state = State(flow, 8, width)
     torch.manual_seed(5)
     state.mask[3:60] = state.mask[70 : width // 2] = 1

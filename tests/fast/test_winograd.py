@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmark.workloads import plain_forward
 from fast import winograd
+from fast.estimators import Execution
 from fast.winograd import GatedLayer, Geometry, Layer, Workspace, product_weights
 from modules import FlowLoss
 from tests.support.vocoders import random_input, random_vocoder
@@ -19,9 +19,10 @@ SHAPES = {
 }
 
 
-def loss_and_gradients(model, forward, audio, mel):
+def loss_and_gradients(model, execution, audio, mel):
     model.zero_grad()
-    loss = FlowLoss()(forward(audio, mel))
+    model.execution = execution
+    loss = FlowLoss()(model(audio, mel))
     loss.backward()
     return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
@@ -38,10 +39,7 @@ def test_loss_and_gradients_are_those_of_convolutions(coupling, shape):
     model = random_vocoder(coupling, dtype=torch.float64, **SHAPES[shape])
     audio, mel = random_input(model)
     audio = audio[:, : -3 * model.config.n_height]  # not a whole number of blocks
-    results = [
-        loss_and_gradients(model, forward, audio, mel)
-        for forward in (model, lambda *inputs: plain_forward(model, *inputs))
-    ]
+    results = [loss_and_gradients(model, Execution(plain=plain), audio, mel) for plain in (False, True)]
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, atol=1e-12, rtol=1e-9)
 
@@ -65,9 +63,9 @@ def test_the_likelihood_goes_through_it_with_the_conditioning_prepared_once(coup
 def test_recomputed_flows_give_the_same_bits(coupling):
     model = random_vocoder(coupling)
     audio, mel = random_input(model)
-    kept = loss_and_gradients(model, model, audio, mel)
-    model.checkpoint_activations = True
-    for once, again in zip(kept, loss_and_gradients(model, model, audio, mel), strict=True):
+    kept = loss_and_gradients(model, Execution(), audio, mel)
+    recomputed = loss_and_gradients(model, Execution(checkpoint_activations=True), audio, mel)
+    for once, again in zip(kept, recomputed, strict=True):
         assert torch.equal(once, again)
 
 

@@ -9,6 +9,7 @@ import torch
 import checkpoint as ckpt
 from config import TrainConfig, load_config
 from fast import estimators
+from fast.estimators import Execution
 from harness.errors import InputError
 from modules import FlowLoss
 from tests.support.experiments import fails, losses, run
@@ -51,7 +52,8 @@ def test_gradients_with_recomputed_activations_are_equal(coupling_type):
     model = random_vocoder(coupling_type)
     audio, mel = random_input(model)
     gradients = []
-    for model.checkpoint_activations in (False, True):
+    for recompute in (False, True):
+        model.execution = Execution(checkpoint_activations=recompute)
         model.zero_grad()
         FlowLoss()(model(audio, mel)).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
@@ -189,9 +191,8 @@ def test_all_flows_run_one_graph(monkeypatch, coupling_type):
     model = random_vocoder(coupling_type)
     audio, mel = random_input(model)
     expected = gradients_of(model, audio, mel)
-    for estimator in model.estimators:
-        estimator.compiled = True
-    for model.checkpoint_activations in (False, True):
+    for recompute in (False, True):
+        model.execution = Execution(compile=True, checkpoint_activations=recompute)
         for value, plain in zip(gradients_of(model, audio, mel), expected, strict=True):
             torch.testing.assert_close(value, plain, atol=1e-5, rtol=1e-4)
     assert len(graphs) == 1
