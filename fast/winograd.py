@@ -122,25 +122,31 @@ def _add_products(out: Tensor, planes: Tensor, weights: Tensor, rows: slice, dil
             out[:, first - rows.start :].flatten(1, 2).baddbmm_(seen.flatten(1, 2), weights[2 - age])
 
 
-def _products_backward(
-    gradient: Tensor, planes: Tensor, weights: Tensor, rows: slice, dilation_h: int, into: tuple[Tensor, Tensor]
-) -> None:
-    """Of `_add_products`, from the gradient [2, h, N, 2R] of these rows and those below: the planes' gradient
-    [2, c, N, R] into into[0], the weights' [3, 2, R, 2R] added to into[1]. Here planes [2, c, N, R] are these rows'."""
-    grad_planes, grad_weights = into
+class _Product(NamedTuple):
+    """Where `_products_backward` puts its gradients."""
+
+    planes: Tensor  # [2, c, N, R], written
+    weights: Tensor  # [3, 2, R, 2R], added to
+    dilation_h: int
+
+
+def _products_backward(gradient: Tensor, planes: Tensor, weights: Tensor, rows: slice, into: _Product) -> None:
+    """Transpose of `_add_products`, from the gradient [2, h, N, 2R] of these rows and those below; here planes
+    [2, c, N, R] are those of these rows."""
     n_rows, height = rows.stop - rows.start, gradient.size(1)
     for age in range(3):
-        n_seen = min(n_rows, height - age * dilation_h - rows.start)
+        below = age * into.dilation_h
+        n_seen = min(n_rows, height - below - rows.start)
         if n_seen <= 0:
             return
         tap = weights[2 - age].transpose(1, 2)
-        below = gradient[:, rows.start + age * dilation_h :][:, :n_seen].flatten(1, 2)
+        seeing = gradient[:, rows.start + below :][:, :n_seen].flatten(1, 2)
         seen = planes[:, :n_seen].flatten(1, 2)
         if age == 0:
-            torch.bmm(below, tap, out=grad_planes.flatten(1, 2))
+            torch.bmm(seeing, tap, out=into.planes.flatten(1, 2))
         else:
-            grad_planes[:, :n_seen].flatten(1, 2).baddbmm_(below, tap)
-        grad_weights[2 - age].baddbmm_(seen.transpose(1, 2), below)
+            into.planes[:, :n_seen].flatten(1, 2).baddbmm_(seeing, tap)
+        into.weights[2 - age].baddbmm_(seen.transpose(1, 2), seeing)
 
 
 # --- a layer ------------------------------------------------------------------------------------------------------
@@ -180,9 +186,8 @@ class GatedLayer(torch.autograd.Function):
         branches = hidden.new_empty(n_clips, 2, height, width // 2, 2 * n_res)
         after = None if layer.residual is None else hidden.new_empty(hidden.shape)
         params = params.clone(memory_format=torch.contiguous_format)
-        for clip in range(n_clips):
-            clip_after = None if after is None else after[clip]
-            _forward(layer, geometry, (hidden[clip], conditioning[clip]), (branches[clip], params[clip], clip_after))
+        for clip in _clips(hidden, conditioning, branches, params, after):
+            _LayerOfClip(layer, geometry, clip).forward()
         ctx.save_for_backward(hidden, conditioning, branches, *weights)
         ctx.geometry = geometry
         return after, params
@@ -193,16 +198,25 @@ class GatedLayer(torch.autograd.Function):
         hidden, conditioning, branches, *weights = ctx.saved_tensors
         grad_hidden, grad_conditioning = hidden.new_empty(hidden.shape), conditioning.new_empty(conditioning.shape)
         grad_layer = Layer(*(None if weight is None else torch.zeros_like(weight) for weight in weights))
-        for clip in range(len(hidden)):
-            clip_grad_after = None if grad_after is None else grad_after[clip]
-            _backward(
-                Layer(*weights),
-                ctx.geometry,
-                (hidden[clip], conditioning[clip], branches[clip]),
-                (clip_grad_after, grad_params[clip]),
-                (grad_hidden[clip], grad_conditioning[clip], grad_layer),
-            )
+        values = _clips(hidden, conditioning, branches, None, None)
+        gradients = _clips(grad_hidden, grad_conditioning, None, grad_params, grad_after)
+        for clip, gradient in zip(values, gradients, strict=True):
+            _LayerOfClip(Layer(*weights), ctx.geometry, clip).backward(gradient, grad_layer)
         return None, grad_hidden, grad_params, grad_conditioning, *grad_layer
+
+
+class _Clip(NamedTuple):
+    """One clip's part of what a layer reads and writes, or of its gradients."""
+
+    hidden: Tensor  # [h, W, R]
+    conditioning: Tensor  # [h, W, M]
+    branches: Tensor | None  # [2, h, W/2, 2R]: tanh and sigmoid
+    params: Tensor | None  # [h, W, P]
+    after: Tensor | None  # [h, W, R]; None for the last layer
+
+
+def _clips(*tensors: Tensor | None) -> list[_Clip]:
+    return [_Clip(*(None if t is None else t[index] for t in tensors)) for index in range(len(tensors[0]))]
 
 
 def _rows(height: int, columns: int) -> list[slice]:
@@ -210,153 +224,123 @@ def _rows(height: int, columns: int) -> list[slice]:
     return [slice(start, min(start + step, height)) for start in range(0, height, step)]
 
 
-def _forward(
-    layer: Layer, geometry: Geometry, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor, Tensor | None]
-) -> None:
-    """One clip: hidden [h, W, R] and conditioning [h, W, M] -> branches [2, h, W/2, 2R] and after [h, W, R], written,
-    and params [h, W, P], added to."""
-    (dilation_h, d), clip_width, workspace = geometry
-    (hidden, conditioning), (branches, params, after) = inputs, outputs
-    height, width, n_res = hidden.shape
-    half = width // 2
-    planes = workspace.buffer("planes", hidden, 4, height, half, n_res)
-    bias = torch.stack([layer.bias, torch.zeros_like(layer.bias)]).unsqueeze(1)
-    mel_weights = _mel_weights(layer)
-    for rows in _rows(height, width):
-        n = rows.stop - rows.start
-        _sums(hidden[rows], d, planes[:2, rows])
-        _differences(hidden[rows], d, planes[2:, rows])
-        mel = _mel_planes(conditioning[rows], d, workspace)
-        sums = workspace.buffer("sums", hidden, 2, n, half, 2 * n_res)
-        torch.baddbmm(bias, mel, mel_weights, out=sums.flatten(1, 2))
-        _add_products(sums, planes[:2], layer.products[:, :2], rows, dilation_h)
-        both = workspace.buffer("both", hidden, 2, n, half, 2 * n_res)
-        torch.add(sums[0], sums[1], out=both[0])
-        torch.sub(sums[0], sums[1], out=both[1])
-        _add_products(both, planes[2:], layer.products[:, 2:], rows, dilation_h)
-        filters, gates = branches[:, rows].chunk(2, dim=3)
-        torch.tanh(both[..., :n_res], out=filters)
-        torch.sigmoid(both[..., n_res:], out=gates)
-        gated = _gated(branches[:, rows], d, workspace)
-        params[rows].view(n * width, -1).addmm_(gated, layer.skip)
-        if after is not None:
-            torch.add(hidden[rows], layer.residual_bias, out=after[rows])
-            after[rows].view(n * width, n_res).addmm_(gated, layer.residual)
-            after[rows, clip_width:] = 0
+class _LayerOfClip:
+    """A layer at work on one clip, some rows at a time."""
 
+    def __init__(self, layer: Layer, geometry: Geometry, clip: _Clip) -> None:
+        self.layer, self.clip, self.workspace = layer, clip, geometry.workspace
+        (self.dilation_h, self.d), self.clip_width = geometry.dilation, geometry.width
+        self.height, self.width, self.n_res = clip.hidden.shape
+        self.mel_weights = torch.stack([layer.conditioning, -layer.conditioning]) / 2  # [2, M, 2R], for its sums
 
-def _mel_planes(conditioning: Tensor, d: int, workspace: Workspace) -> Tensor:
-    """The sums of some rows of conditioning [c, W, M]: [2, c W/2, M]."""
-    n, width, bands = conditioning.shape
-    planes = workspace.buffer("mel", conditioning, 2, n, width // 2, bands)
-    _sums(conditioning, d, planes)
-    return planes.flatten(1, 2)
+    def forward(self) -> None:
+        """Write branches and after, add to params."""
+        layer, clip, n_res, half = self.layer, self.clip, self.n_res, self.width // 2
+        planes = self._buffer("planes", 4, self.height, half, n_res)
+        bias = torch.stack([layer.bias, torch.zeros_like(layer.bias)]).unsqueeze(1)
+        for rows in _rows(self.height, self.width):
+            n = rows.stop - rows.start
+            _sums(clip.hidden[rows], self.d, planes[:2, rows])
+            _differences(clip.hidden[rows], self.d, planes[2:, rows])
+            sums = self._buffer("sums", 2, n, half, 2 * n_res)
+            torch.baddbmm(bias, self._mel_planes(rows), self.mel_weights, out=sums.flatten(1, 2))
+            _add_products(sums, planes[:2], layer.products[:, :2], rows, self.dilation_h)
+            both = self._buffer("both", 2, n, half, 2 * n_res)
+            torch.add(sums[0], sums[1], out=both[0])
+            torch.sub(sums[0], sums[1], out=both[1])
+            _add_products(both, planes[2:], layer.products[:, 2:], rows, self.dilation_h)
+            filters, gates = clip.branches[:, rows].chunk(2, dim=3)
+            torch.tanh(both[..., :n_res], out=filters)
+            torch.sigmoid(both[..., n_res:], out=gates)
+            self._update(self._gated(rows), rows)
 
+    def _update(self, gated: Tensor, rows: slice) -> None:
+        """Add the projection to params, make the next hidden state, from gated [c W, R]."""
+        layer, clip = self.layer, self.clip
+        clip.params[rows].view(len(gated), -1).addmm_(gated, layer.skip)
+        if clip.after is not None:
+            torch.add(clip.hidden[rows], layer.residual_bias, out=clip.after[rows])
+            clip.after[rows].view(len(gated), self.n_res).addmm_(gated, layer.residual)
+            clip.after[rows, self.clip_width :] = 0
 
-def _mel_weights(layer: Layer) -> Tensor:
-    """[2, M, 2R], for the sums of the conditioning."""
-    return torch.stack([layer.conditioning, -layer.conditioning]) / 2
+    def backward(self, grad: _Clip, grad_layer: Layer) -> None:
+        """From the gradients of after and params write those of hidden and conditioning, add to those of the weights.
 
+        The lowest rows come first, which need nothing of those above them.
+        """
+        grad_mel_weights = torch.zeros_like(self.mel_weights)
+        grad_both = self._buffer("grad_both", 2, self.height, self.width // 2, 2 * self.n_res)
+        grad_sums = self._buffer("grad_sums", 2, self.height, self.width // 2, 2 * self.n_res)
+        for rows in reversed(_rows(self.height, self.width)):
+            gated = self._gated(rows)
+            self._gate_backward(self._update_backward(gated, grad, rows, grad_layer), rows, grad_both[:, rows])
+            torch.add(grad_both[0, rows], grad_both[1, rows], out=grad_sums[0, rows])
+            torch.sub(grad_both[0, rows], grad_both[1, rows], out=grad_sums[1, rows])
+            grad_layer.bias.add_(grad_sums[0, rows].sum((0, 1)))
 
-def _gated(branches: Tensor, d: int, workspace: Workspace) -> Tensor:
-    """tanh times sigmoid of branches [2, c, W/2, 2R], with the columns in their places: [c W, R]."""
-    _, n_rows, half, n_both = branches.shape
-    gated = workspace.buffer("gated", branches, n_rows, half // d, 2, d, n_both // 2)
-    filters, gates = branches.unflatten(2, (-1, d)).chunk(2, dim=4)
-    torch.mul(filters, gates, out=gated.movedim(2, 0))
-    return gated.view(-1, n_both // 2)
+            mel = self._mel_planes(rows)
+            grad_mel_weights.baddbmm_(mel.transpose(1, 2), grad_sums[:, rows].flatten(1, 2))
+            torch.bmm(grad_sums[:, rows].flatten(1, 2), self.mel_weights.transpose(1, 2), out=mel)
+            _sums_backward(mel, self.d, grad.conditioning[rows])
 
+            self._planes_backward(grad_sums, grad_both, rows, grad.hidden, grad_layer)
+            grad.hidden[rows, self.clip_width :] = 0
+            if grad.after is not None:
+                grad.hidden[rows] += grad.after[rows]
+        grad_layer.conditioning.add_((grad_mel_weights[0] - grad_mel_weights[1]) / 2)
 
-def _backward(
-    layer: Layer,
-    geometry: Geometry,
-    saved: tuple[Tensor, Tensor, Tensor],
-    grad_outputs: tuple[Tensor | None, Tensor],
-    grad_inputs: tuple[Tensor, Tensor, Layer],
-) -> None:
-    """One clip, from the gradients of `after` and `params`: those of hidden and conditioning are written, those of
-    the weights are added to. The lowest rows come first, which need nothing of those above them."""
-    (_, d), clip_width, workspace = geometry
-    hidden, conditioning, branches = saved
-    (grad_after, grad_params), (grad_hidden, grad_conditioning, grad_layer) = grad_outputs, grad_inputs
-    height, width, n_res = hidden.shape
-    mel_weights = _mel_weights(layer)
-    grad_mel_weights = torch.zeros_like(mel_weights)
-    grad_both = workspace.buffer("grad_both", hidden, 2, height, width // 2, 2 * n_res)
-    grad_sums = workspace.buffer("grad_sums", hidden, 2, height, width // 2, 2 * n_res)
-    for rows in reversed(_rows(height, width)):
-        gated = _gated(branches[:, rows], d, workspace)
-        grad_gated = _update_backward(layer, gated, grad_after, grad_params, rows, grad_layer, workspace)
-        _gate_backward(grad_gated, branches[:, rows], d, grad_both[:, rows])
-        torch.add(grad_both[0, rows], grad_both[1, rows], out=grad_sums[0, rows])
-        torch.sub(grad_both[0, rows], grad_both[1, rows], out=grad_sums[1, rows])
-        grad_layer.bias.add_(grad_sums[0, rows].sum((0, 1)))
+    def _update_backward(self, gated: Tensor, grad: _Clip, rows: slice, grad_layer: Layer) -> Tensor:
+        """Gradient [c W, R] of gated."""
+        grad_params, grad_gated = grad.params[rows].flatten(0, 1), self._buffer("grad_gated", *gated.shape)
+        torch.mm(grad_params, self.layer.skip.t(), out=grad_gated)
+        grad_layer.skip.addmm_(gated.t(), grad_params)
+        if grad.after is not None:
+            grad_after = grad.after[rows].flatten(0, 1)
+            grad_gated.addmm_(grad_after, self.layer.residual.t())
+            grad_layer.residual.addmm_(gated.t(), grad_after)
+            grad_layer.residual_bias.add_(grad_after.sum(0))
+        return grad_gated
 
-        mel = _mel_planes(conditioning[rows], d, workspace)
-        grad_mel_weights.baddbmm_(mel.transpose(1, 2), grad_sums[:, rows].flatten(1, 2))
-        torch.bmm(grad_sums[:, rows].flatten(1, 2), mel_weights.transpose(1, 2), out=mel)
-        _sums_backward(mel, d, grad_conditioning[rows])
+    def _gate_backward(self, grad_gated: Tensor, rows: slice, grad_both: Tensor) -> None:
+        """Gradient [2, c, W/2, 2R] of what the gate takes, from that of its output [c W, R]."""
+        _, n_rows, half, n_both = grad_both.shape
+        grad_gated = grad_gated.view(n_rows, half // self.d, 2, self.d, n_both // 2).movedim(2, 0)
+        filters, gates = self.clip.branches[:, rows].unflatten(2, (-1, self.d)).chunk(2, dim=4)
+        grad_filters, grad_gates = grad_both.unflatten(2, (-1, self.d)).chunk(2, dim=4)
+        torch.mul(grad_gated, gates, out=grad_filters)
+        torch.ops.aten.tanh_backward.grad_input(grad_filters, filters, grad_input=grad_filters)
+        torch.mul(grad_gated, filters, out=grad_gates)
+        torch.ops.aten.sigmoid_backward.grad_input(grad_gates, gates, grad_input=grad_gates)
 
-        _planes_backward(layer, geometry, hidden, rows, (grad_sums, grad_both), (grad_hidden, grad_layer))
-        grad_hidden[rows, clip_width:] = 0
-        if grad_after is not None:
-            grad_hidden[rows] += grad_after[rows]
-    grad_layer.conditioning.add_((grad_mel_weights[0] - grad_mel_weights[1]) / 2)
+    def _planes_backward(
+        self, grad_sums: Tensor, grad_both: Tensor, rows: slice, grad_hidden: Tensor, grad_layer: Layer
+    ) -> None:
+        """Gradient of the convolution: the hidden state's is written for these rows, the weights' is added to."""
+        hidden, products = self.clip.hidden[rows], self.layer.products
+        planes = self._buffer("planes", 4, len(hidden), self.width // 2, self.n_res)
+        _sums(hidden, self.d, planes[:2])
+        _differences(hidden, self.d, planes[2:])
+        grad_planes = self._buffer("grad_planes", *planes.shape)
+        for pair, gradient in ((slice(0, 2), grad_sums), (slice(2, 4), grad_both)):
+            into = _Product(grad_planes[pair], grad_layer.products[:, pair], self.dilation_h)
+            _products_backward(gradient, planes[pair], products[:, pair], rows, into)
+        _sums_backward(grad_planes[:2], self.d, grad_hidden[rows])
+        _add_differences_backward(grad_planes[2:], self.d, grad_hidden[rows])
 
+    def _gated(self, rows: slice) -> Tensor:
+        """tanh times sigmoid, with the columns in their places: [c W, R]."""
+        branches = self.clip.branches[:, rows].unflatten(2, (-1, self.d))  # [2, c, W/2d, d, 2R]
+        gated = self._buffer("gated", *branches.shape[1:3], 2, self.d, self.n_res)
+        filters, gates = branches.chunk(2, dim=4)
+        torch.mul(filters, gates, out=gated.movedim(2, 0))
+        return gated.view(-1, self.n_res)
 
-def _planes_backward(
-    layer: Layer,
-    geometry: Geometry,
-    hidden: Tensor,
-    rows: slice,
-    grad_products: tuple[Tensor, Tensor],
-    grad_inputs: tuple[Tensor, Layer],
-) -> None:
-    """Of the convolution, from the gradients of its sums and of `both`: the hidden state's is written for these rows,
-    the weights' is added to."""
-    (dilation_h, d), _, workspace = geometry
-    grad_hidden, grad_layer = grad_inputs
-    n, width, n_res = hidden[rows].shape
-    planes = workspace.buffer("planes", hidden, 4, n, width // 2, n_res)
-    _sums(hidden[rows], d, planes[:2])
-    _differences(hidden[rows], d, planes[2:])
-    grad_planes = workspace.buffer("grad_planes", hidden, 4, n, width // 2, n_res)
-    for pair, gradient in zip((slice(0, 2), slice(2, 4)), grad_products, strict=True):
-        into = grad_planes[pair], grad_layer.products[:, pair]
-        _products_backward(gradient, planes[pair], layer.products[:, pair], rows, dilation_h, into)
-    _sums_backward(grad_planes[:2], d, grad_hidden[rows])
-    _add_differences_backward(grad_planes[2:], d, grad_hidden[rows])
+    def _mel_planes(self, rows: slice) -> Tensor:
+        """Sums of some rows of the conditioning: [2, c W/2, M]."""
+        conditioning = self.clip.conditioning[rows]
+        planes = self._buffer("mel", 2, len(conditioning), self.width // 2, conditioning.size(2))
+        _sums(conditioning, self.d, planes)
+        return planes.flatten(1, 2)
 
-
-def _update_backward(
-    layer: Layer,
-    gated: Tensor,
-    grad_after: Tensor | None,
-    grad_params: Tensor,
-    rows: slice,
-    grad_layer: Layer,
-    workspace: Workspace,
-) -> Tensor:
-    """Of the residual update and the projection: the gradient [c W, R] of gated."""
-    grad_params = grad_params[rows].flatten(0, 1)
-    grad_gated = workspace.buffer("grad_gated", gated, *gated.shape)
-    torch.mm(grad_params, layer.skip.t(), out=grad_gated)
-    grad_layer.skip.addmm_(gated.t(), grad_params)
-    if grad_after is not None:
-        grad_after = grad_after[rows].flatten(0, 1)
-        grad_gated.addmm_(grad_after, layer.residual.t())
-        grad_layer.residual.addmm_(gated.t(), grad_after)
-        grad_layer.residual_bias.add_(grad_after.sum(0))
-    return grad_gated
-
-
-def _gate_backward(grad_gated: Tensor, branches: Tensor, d: int, grad_both: Tensor) -> None:
-    """Of tanh times sigmoid: grad_gated [c W, R] -> grad_both [2, c, W/2, 2R]."""
-    _, n_rows, half, n_both = branches.shape
-    grad_gated = grad_gated.view(n_rows, half // d, 2, d, n_both // 2).movedim(2, 0)
-    filters, gates = branches.unflatten(2, (-1, d)).chunk(2, dim=4)
-    grad_filters, grad_gates = grad_both.unflatten(2, (-1, d)).chunk(2, dim=4)
-    torch.mul(grad_gated, gates, out=grad_filters)
-    torch.ops.aten.tanh_backward.grad_input(grad_filters, filters, grad_input=grad_filters)
-    torch.mul(grad_gated, filters, out=grad_gates)
-    torch.ops.aten.sigmoid_backward.grad_input(grad_gates, gates, grad_input=grad_gates)
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        return self.workspace.buffer(name, self.clip.hidden, *shape)

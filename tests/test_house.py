@@ -1,0 +1,135 @@
+"""The rules of the rooms: who may import whom, and that nobody does so behind a type checker's back."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("fast", "training", "harness", "corpora", "benchmark", "experiments", "image_density_experiments")
+# From the ground up; a room imports its own floor's package and those below, never above.
+FLOORS = [
+    {"harness"},
+    {"config", "spline"},
+    {"audio", "modules"},
+    {"data", "corpora", "fast"},
+    {"model"},
+    {"checkpoint", "evaluation"},
+    {"vocoder", "training"},
+    {"train", "benchmark", "experiments"},
+]
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(
+    path
+    for path in (*ROOT.glob("*.py"), *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py")))
+    if path.name != "__init__.py"
+)
+ROOMS = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
+
+
+def imported(path: Path, lazily: bool = True) -> set[str]:
+    """The rooms that a file names in its imports; lazily: also inside functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = ast.walk(tree) if lazily else tree.body
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & ROOMS
+
+
+def area(room: str) -> str:
+    return room.split(".")[0]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def test_the_root_is_ten_rooms_at_most():
+    assert len(list(ROOT.glob("*.py"))) <= 10
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_down(path):
+    room = name_of(path)
+    if area(room) == "image_density_experiments":
+        allowed = {"image_density_experiments", "harness", "spline"}
+        assert {area(name) for name in imported(path)} <= allowed
+        return
+    lazily = room != "data"  # whose command line alone reaches the corpora, which need its lists' folder
+    for name in imported(path, lazily=lazily):
+        assert area(name) == area(room) or LEVEL[area(name)] < LEVEL[area(room)], f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_room_is_imported_for_its_types_only(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            inside = {n.module for n in ast.walk(node) if isinstance(n, ast.ImportFrom)}
+            assert not {area(name) for name in inside} & {area(name) for name in ROOMS}
+
+
+def test_there_is_no_circle():
+    """Lazy imports count too, but for those of `data`."""
+    edges = {name_of(path): imported(path, lazily=name_of(path) != "data") for path in FILES}
+    done: set[str] = set()
+
+    def walk(room: str, above: tuple[str, ...]) -> None:
+        assert room not in above, " -> ".join((*above, room))
+        if room not in done:
+            for name in edges[room]:
+                walk(name, (*above, room))
+            done.add(room)
+
+    for room in edges:
+        walk(room, ())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fast").glob("[a-z]*.py")), ids=name_of)
+def test_every_fast_room_names_its_twin(path):
+    first = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()[0]
+    assert "`" in first, "its first line names what it is equal to"
+    assert first.startswith(("Twin of `", "Weights of `"))
+
+
+@pytest.mark.parametrize("name", ["model.py", "modules.py"])
+def test_the_papers_rooms_hold_truth_only(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for word in ("cuda", "autocast", "torch.compile", "workspace", "channels_last", "bfloat16"):
+        assert word not in text.lower(), f"{name} speaks of {word}"
+
+
+def test_from_the_likelihood_to_the_convolution_are_four_calls():
+    """Flow.forward, Estimator.forward, EstimatorLayer.forward, Conv.forward."""
+    import sys
+
+    import torch
+
+    from fast.estimators import Execution
+    from tests.support.vocoders import random_input, random_vocoder
+
+    model = random_vocoder()
+    model.execution = Execution(plain=True)
+    names: list[str] = []
+    conv2d = torch.nn.functional.conv2d
+
+    def note(*arguments, **options):
+        frame = sys._getframe(1)
+        chain = []
+        while frame is not None:
+            if Path(frame.f_code.co_filename).parent == ROOT:
+                chain.append(frame.f_code.co_qualname)
+            frame = frame.f_back
+        names.append(chain[: chain.index("FlowVocoder.forward")])
+        return conv2d(*arguments, **options)
+
+    torch.nn.functional.conv2d = note
+    try:
+        model(*random_input(model))
+    finally:
+        torch.nn.functional.conv2d = conv2d
+    assert max(map(len, names)) == 4
+    assert ["Conv.forward", "EstimatorLayer.forward", "Estimator.forward", "Flow.forward"] in names
