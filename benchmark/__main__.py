@@ -32,8 +32,8 @@ from benchmark.memory import peak_memory
 from benchmark.workloads import SEGMENT, baseline_step, checkpointed_step, loader_speed, training_step
 from config import Config, WaveFlowConfig, load_config
 from fast.engine import PRECISIONS, SynthesisEngine, slow_precision_warning
-from harness.stopping import exit_status
 from fast.folding import EstimatorWeights, fold_estimators
+from harness.stopping import exit_status
 from model import Flow, FlowVocoder, build_model
 from modules import SQRT_HALF, unsqueeze
 

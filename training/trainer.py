@@ -17,9 +17,9 @@ from audio import write_wav
 from config import REMEDIES, Config
 from data import ClipDataset, load_synthesis_entry, make_train_loader
 from evaluation import ClipLikelihood, clip_likelihoods, summarise
+from fast.estimators import Execution
 from harness.bad_steps import BadSteps
 from harness.devices import data_parallel, gradients_stay
-from fast.estimators import Execution
 from harness.errors import InputError
 from harness.log import NoLog, RunLog
 from harness.processes import agree, gather, is_main, mean, rank, world_size
