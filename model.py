@@ -34,7 +34,7 @@ from modules import (
 
 
 class Sharing(NamedTuple):
-    """What the flows of a variant have in common."""
+    """Parts that all flows of a variant have in common."""
 
     estimator: bool
     projection: bool
@@ -101,7 +101,7 @@ class FlowVocoder(nn.Module):
 
     @torch.no_grad()
     def reverse_fast(self, mel: Tensor, temp: float = 1.0, z: Tensor | None = None) -> Tensor:
-        """The same audio as `reverse`, through the engine of `fast/`; the model stays as it is."""
+        """Audio of `reverse` to 1e-4, through the engine of `fast/`; the model stays as it is."""
         return SynthesisEngine(self)(mel, self._noise(mel, temp, z))
 
     def flows(self) -> list[Flow]:

@@ -1,4 +1,4 @@
-"""What the flow vocoder is made of, small to large: rows, convolutions, the estimator, transforms, one flow, the loss.
+"""Parts of the flow vocoder, small to large: rows, convolutions, the estimator, transforms, one flow, the loss.
 
     B   batch                 T   audio samples        R   residual channels of the estimator (res_channels)
     F   mel frames            h   squeeze height       L   layers of the estimator (n_layer)

@@ -33,7 +33,7 @@ class Window(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where in the ring of a layer a row goes, and how many rows it sees; the first have fewer above them."""
+    """Place of a row in the ring of a layer, and how many rows it sees; the first have fewer above them."""
 
     phase: int
     slot: int
@@ -41,12 +41,12 @@ class Place(NamedTuple):
 
     @property
     def weights(self) -> slice:
-        """Of 5R rows of weights, in units of R: those of the rows it sees."""
+        """Weights of the rows it sees, out of 5R rows of them, in units of R."""
         return slice(2 - self.slot, 2 - self.slot + self.n_rows)
 
 
 class ConvQueue(ABC):
-    """What a flow remembers of rows above and columns to the left, for `width` columns of all layers.
+    """Memory of a flow: rows above and columns to the left, for `width` columns of all layers.
 
     tile: the longest window. silent: in order, the columns, counted from the start of the input, that belong to no
     clip: the input of every layer is zero there, as it is in the `margin` columns that stand for what lies outside.
@@ -101,7 +101,7 @@ class ConvQueue(ABC):
     @staticmethod
     @abstractmethod
     def lags(n_layer: int) -> list[int]:
-        """How many columns left of layer 0's input each layer's window ends: more than the dilation_w so far add up to,
+        """Columns by which each layer's window ends left of layer 0's input: more than the dilation_w so far add up to,
         and multiples of 2 dilation_w."""
 
     @abstractmethod
@@ -114,7 +114,7 @@ class ConvQueue(ABC):
 
     @abstractmethod
     def _input(self, index: int, place: Place, at: Window) -> Tensor:
-        """Where a row of a layer's input is kept: [n, R]."""
+        """Part of the buffers that holds a row of a layer's input: [n, R]."""
 
     def _place(self, index: int, row: int) -> Place:
         age, phase = divmod(row, self.dilations[index][0])
@@ -192,7 +192,7 @@ class WinogradQueue(ConvQueue):
 
     @staticmethod
     def lags(n_layer: int) -> list[int]:
-        """As few as can be."""
+        """Fewest columns that are enough."""
         return [2 ** (layer + 1) for layer in range(n_layer)]
 
     def roll(self, columns: int) -> None:

@@ -47,7 +47,7 @@ def slow_precision_warning(precision: str | None, device: torch.device) -> str |
 
 
 class ReceptiveField(NamedTuple):
-    """How far synthesis looks, in audio samples."""
+    """Reach of synthesis, in audio samples."""
 
     per_flow: int  # to each side, through all rows of a flow
     total: int  # to each side, through all flows

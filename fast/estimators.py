@@ -29,7 +29,7 @@ from modules import SQRT_HALF, Affine, Estimator, Flow, Spline, permute_rows, sh
 
 @dataclass(frozen=True)
 class Execution:
-    """How a likelihood is computed; what it gives is the same."""
+    """Way in which a likelihood is computed; what it gives is the same."""
 
     plain: bool = False  # by `modules.py` itself, the reference
     compile: bool = False  # torch.compile training steps, where Winograd's products are not faster still

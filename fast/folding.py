@@ -50,7 +50,7 @@ class EstimatorWeights(NamedTuple):
     dilations: list[tuple[int, int]]  # (height, width)
 
     def to(self, dtype: torch.dtype) -> "EstimatorWeights":
-        """The same in another precision."""
+        """Copy in another precision."""
         front = (self.front[0].to(dtype), self.front[1].to(dtype))
         layers = [LayerWeights(*(tensor.to(dtype) for tensor in layer)) for layer in self.layers]
         return EstimatorWeights(front, layers, self.dilations)

@@ -37,7 +37,7 @@ def product_weights(taps: Tensor) -> Tensor:
 
 
 class Workspace:
-    """What the flows of one pass share: buffers that layers use one after the other, and the conditioning in the few
+    """Memory that the flows of one pass share: buffers that layers use one after the other, and the conditioning in the few
     row orders that occur."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ def _add_products(out: Tensor, planes: Tensor, weights: Tensor, rows: slice, dil
 
 
 class _Product(NamedTuple):
-    """Where `_products_backward` puts its gradients."""
+    """Gradients that `_products_backward` makes."""
 
     planes: Tensor  # [2, c, N, R], written
     weights: Tensor  # [3, 2, R, 2R], added to
@@ -164,7 +164,7 @@ class Layer(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What a layer must know beside tensors."""
+    """Sizes and memory of a layer, beside its tensors."""
 
     dilation: tuple[int, int]  # (height, width)
     width: int  # columns of the clip; those beyond it, up to W, are padding
