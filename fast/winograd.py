@@ -37,8 +37,8 @@ def product_weights(taps: Tensor) -> Tensor:
 
 
 class Workspace:
-    """Memory that the flows of one pass share: buffers that layers use one after the other, and the conditioning in the few
-    row orders that occur."""
+    """Memory that the flows of one pass share: buffers that layers use one after the other, and the conditioning in
+    the few row orders that occur."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
