@@ -171,6 +171,20 @@ def shortest_audio(config: DataConfig) -> int:
     return config.filter_length // 2 + 1
 
 
+def resample(audio: Tensor, rate: int, target: int) -> Tensor:
+    """Audio [T] at `rate` Hz as audio at `target` Hz, by librosa's band-limited interpolation."""
+    if rate == target:
+        return audio
+    if audio.dim() != 1 or not audio.is_floating_point() or rate < 1:
+        raise InputError(
+            f"audio: expected floating-point samples of shape [T] and a rate in Hz, got {audio.dtype} "
+            f"{list(audio.shape)} at {rate}"
+        )
+    import librosa  # seconds to import, and only needed here
+
+    return torch.from_numpy(librosa.resample(audio.float().numpy(), orig_sr=rate, target_sr=target))
+
+
 def rescale(audio: Tensor, peak: float) -> Tensor:
     """Bring a clip whose loudest sample is `peak` to almost full scale; digital silence stays as it is."""
     return audio / peak * PEAK if peak > 0 else audio
@@ -195,14 +209,19 @@ def read_mel(path: str | Path, n_mel_channels: int) -> Tensor:
         mel = _load_npy(path) if Path(path).suffix.lower() == ".npy" else _load_pt(path)
     except Exception as error:  # arbitrary bytes make both parsers raise nearly anything
         raise InputError(f"{path}: not a readable mel ({_reason(error)}); save it with np.save or torch.save") from None
+    return check_mel(mel, path, n_mel_channels)
+
+
+def check_mel(mel: Tensor, name: str | Path, n_mel_channels: int) -> Tensor:
+    """A log-mel as float32 [n_mel_channels, F]; a batch axis of 1 is dropped. InputError names it and the fault."""
     if not mel.is_floating_point():
-        raise InputError(f"{path}: a mel of type {mel.dtype}, expected floating-point numbers")
+        raise InputError(f"{name}: a mel of type {mel.dtype}, expected floating-point numbers")
     if mel.dim() == 3 and mel.shape[0] == 1:
         mel = mel[0]
-    _check_mel_shape(mel, path, n_mel_channels)
+    _check_mel_shape(mel, name, n_mel_channels)
     mel = mel.float().contiguous()
     if not torch.isfinite(mel).all():
-        raise InputError(f"{path}: the mel holds NaN or infinite values; make it again from clean audio")
+        raise InputError(f"{name}: the mel holds NaN or infinite values; make it again from clean audio")
     return mel
 
 
@@ -212,9 +231,9 @@ def write_mel(path: str | Path, mel: Tensor) -> None:
         np.save(file, mel.detach().cpu().float().numpy())
 
 
-def _check_mel_shape(mel: Tensor, path: str | Path, n_mel_channels: int) -> None:
+def _check_mel_shape(mel: Tensor, name: str | Path, n_mel_channels: int) -> None:
     shape = tuple(mel.shape)
-    found = f"{path}: a mel of shape {shape}, expected ({n_mel_channels}, frames)"
+    found = f"{name}: a mel of shape {shape}, expected ({n_mel_channels}, frames)"
     if len(shape) != 2 or 0 in shape:
         raise InputError(f"{found}; save one mel per file")
     if shape[0] != n_mel_channels and shape[1] == n_mel_channels:

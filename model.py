@@ -130,13 +130,14 @@ class FlowVocoder(nn.Module):
             )
         return squeeze(upsampled[:, :, :n_samples], self.config.n_height)
 
-    def sample_noise(self, mel: Tensor, temp: float) -> Tensor:
-        """z [B, 1, h, hop*(F-1)/h] for a mel [B, M, F], of standard deviation temp."""
+    def sample_noise(self, mel: Tensor, temp: float, generator: torch.Generator | None = None) -> Tensor:
+        """z [B, 1, h, hop*(F-1)/h] for a mel [B, M, F], of standard deviation temp; by a generator of the CPU."""
         self._check_mel(mel)
         n_samples = self.config.hop_length * (mel.size(2) - 1)
         if n_samples < 1:
             raise InputError(f"a mel of {mel.size(2)} frame(s) covers no audio; expected at least 2")
-        return temp * torch.randn(len(mel), 1, self.config.n_height, n_samples // self.config.n_height).to(mel)
+        shape = (len(mel), 1, self.config.n_height, n_samples // self.config.n_height)
+        return temp * torch.randn(shape, generator=generator).to(mel)
 
     def _noise(self, mel: Tensor, temp: float, z: Tensor | None) -> Tensor:
         if z is None:

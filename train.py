@@ -10,13 +10,12 @@ python train.py -c CONFIG -a 20 [...]           the same from the average of the
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import checkpoint as ckpt
 from audio import MelSpectrogram, is_mel_file, read_mel, wav_length, write_wav
@@ -24,7 +23,7 @@ from config import REMEDIES, Config, DataConfig, load_config
 from corpora.check import inspect_corpus, report_text, write_report
 from data import ClipDataset, load_synthesis_entry, output_names, overlap_warning, read_file_list
 from evaluation import clip_likelihoods, log_mel_distance, noise_like, save_mel_figure, summarise, write_likelihoods
-from fast.engine import SynthesisEngine, slow_precision_warning
+from fast.engine import slow_precision_warning
 from harness.devices import choose_device, make_deterministic
 from harness.errors import InputError
 from harness.folder import locked_run, record_start
@@ -42,12 +41,7 @@ from harness.stopping import StopRequest, exit_status
 from model import FlowVocoder, build_model, count_parameters
 from training.precision import slow_half_warning
 from training.trainer import Trainer, train_until
-
-# Seconds of audio synthesized at once. A clip does not fill a GPU; 60 s are within the largest of its buckets. On a
-# CPU only clips shorter than a tile of the engine gain from company, and wavs are to appear one after the other.
-BATCH_SECONDS = {"cpu": 2.0, "cuda": 60.0}
-
-Item = TypeVar("Item")
+from vocoder import Clip, Sound, Vocoder, has_average, trained_model
 
 # --- the jobs ---------------------------------------------------------------------------------------------
 
@@ -116,69 +110,24 @@ def evaluate(config: Config, options: argparse.Namespace, device: torch.device) 
 def synthesize(config: Config, options: argparse.Namespace, device: torch.device) -> int:
     """Every entry of the test list (wav or mel) to a wav named after it, a few at once."""
     files = read_file_list(config.data_config.test_files)
-    mel_fn = MelSpectrogram(config.data_config)
     _check_entries(files, config.data_config)  # before the first wav is written
     model, name = _load_model(config, options, device)
     if (warning := slow_precision_warning(options.precision, device)) and is_main():
         print(f"warning: {warning}", file=sys.stderr)
-    engine = SynthesisEngine(model, options.precision)
+    vocoder = Vocoder(model, config.data_config, options.precision)
     folder = config.run_folder / "synthesis" / f"{name}_temp{options.temp:g}"
     entries = share(list(enumerate(zip(files, output_names(files), strict=True))))
-    clips = _prepare_clips(entries, config, mel_fn, model, options.temp)
-    at_once = BATCH_SECONDS[device.type] if options.batch_seconds is None else options.batch_seconds
-    rate = config.data_config.sampling_rate
-    total_samples, total_seconds = 0, 0.0
-    for batch in in_batches(clips, lambda clip: clip.z.numel(), at_once * rate):
-        sounds = _synthesize_batch(engine, batch, device)
-        _write_batch(sounds, folder, mel_fn, rate)
-        total_samples += sum(len(sound.audio) for sound in sounds)
-        total_seconds += sum(sound.seconds for sound in sounds)
-    total_samples, total_seconds = map(sum, zip(*gather([(total_samples, total_seconds)]), strict=True))
-    print(f"{len(files)} clip(s): {_speed(total_samples, total_seconds, rate)}\nwavs: {folder}")
+    samples, seconds = 0, 0.0
+    for sounds in vocoder.synthesize(_clips(vocoder, entries, config, options.temp), options.batch_seconds):
+        _write_batch(sounds, folder, vocoder)
+        samples += sum(len(sound.audio) for sound in sounds)
+        seconds += sum(sound.seconds for sound in sounds)
+    samples, seconds = map(sum, zip(*gather([(samples, seconds)]), strict=True))
+    print(f"{len(files)} clip(s): {_speed(samples, seconds, vocoder.sampling_rate)}\nwavs: {folder}")
     return 0
 
 
 # --- synthesis, batch by batch ------------------------------------------------------------------------------
-
-
-class Clip(NamedTuple):
-    """What a wav is made from."""
-
-    file: str
-    output: str
-    mel: Tensor  # [M, F]
-    z: Tensor  # [h, W]
-    recording: Tensor | None  # [T] of the one clip that is compared with it
-
-
-class Sound(NamedTuple):
-    """What became of a clip."""
-
-    clip: Clip
-    audio: Tensor  # [T], on the CPU
-    seconds: float  # its share of the time of its batch
-
-
-def in_batches(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:
-    """Consecutive items in lists whose sizes come to at most `limit`; an item larger than that is alone.
-
-    Items are taken when they are needed. Where one cannot be had, those before it come first, then its error.
-    """
-    batch: list[Item] = []
-    total = 0.0
-    try:
-        for item in items:
-            if batch and total + size(item) > limit:
-                yield batch
-                batch, total = [], 0.0
-            batch.append(item)
-            total += size(item)
-    except (InputError, OSError):
-        if batch:
-            yield batch
-        raise
-    if batch:
-        yield batch
 
 
 def _check_entries(files: Sequence[str], data: DataConfig) -> None:
@@ -186,49 +135,29 @@ def _check_entries(files: Sequence[str], data: DataConfig) -> None:
         read_mel(file, data.n_mel_channels) if is_mel_file(file) else wav_length(file, data.sampling_rate)
 
 
-def _prepare_clips(
-    entries: Sequence[tuple[int, tuple[str, str]]],
-    config: Config,
-    mel_fn: MelSpectrogram,
-    model: FlowVocoder,
-    temp: float,
+def _clips(
+    vocoder: Vocoder, entries: Sequence[tuple[int, tuple[str, str]]], config: Config, temp: float
 ) -> Iterator[Clip]:
     """Mels and noise of (number in the list, (file, output)); on the main process the first recording stays."""
     compared = next((number for number, (file, _) in entries if is_main() and not is_mel_file(file)), None)
     for number, (file, output) in entries:
-        mel, recording = load_synthesis_entry(file, config.data_config, mel_fn)
-        torch.manual_seed(config.train_config.seed + number)  # noise that does not depend on who does the others
-        z = model.sample_noise(mel.unsqueeze(0), temp)[0, 0]
-        yield Clip(file, output, mel, z, recording if number == compared else None)
+        mel, recording = load_synthesis_entry(file, config.data_config, vocoder.mel_spectrogram)
+        # Noise by the number in the list does not depend on who does the others.
+        clip = vocoder.clip(file, mel, temp, config.train_config.seed + number)
+        yield replace(clip, output=output, recording=recording if number == compared else None)
 
 
-def _synthesize_batch(engine: SynthesisEngine, batch: Sequence[Clip], device: torch.device) -> list[Sound]:
-    """Each clip as it sounds alone; the time is shared out by samples."""
-    began = time.perf_counter()
-    inputs = [(clip.mel.to(device), clip.z.to(device)) for clip in batch]
-    sounds = [audio.cpu() for audio in engine.synthesize_many(inputs)]
-    seconds = time.perf_counter() - began
-    per_sample = seconds / sum(map(len, sounds))
-    return [Sound(clip, audio, per_sample * len(audio)) for clip, audio in zip(batch, sounds, strict=True)]
-
-
-def _write_batch(sounds: Sequence[Sound], folder: Path, mel_fn: MelSpectrogram, sampling_rate: int) -> None:
-    """Wav and line of each clip; InputError names one that is not finite, after the others have been written."""
-    finite, spoilt = [], []
-    for sound in sounds:
-        (finite if _is_finite(sound.audio) else spoilt).append(sound)
+def _write_batch(sounds: Sequence[Sound], folder: Path, vocoder: Vocoder) -> None:
+    """Wav and line of each sound; InputError names one that is not finite, after the others have been written."""
     shared = f" (its share of a batch of {len(sounds)})" if len(sounds) > 1 else ""
-    for clip, audio, seconds in finite:
-        write_wav(folder / clip.output, audio, sampling_rate)
-        print(f"{clip.output}: {_speed(len(audio), seconds, sampling_rate)}{shared}")
-        if clip.recording is not None:
-            _compare(folder, clip.output, clip.recording, audio, mel_fn)
-    if spoilt:
-        raise InputError(f"{spoilt[0].clip.file}: the synthesis is not finite; train longer, or lower --temp")
-
-
-def _is_finite(audio: Tensor) -> bool:
-    return bool(torch.isfinite(audio).all())
+    for sound in filter(lambda sound: sound.is_finite, sounds):
+        write_wav(folder / sound.clip.output, sound.audio, vocoder.sampling_rate)
+        print(f"{sound.clip.output}: {_speed(len(sound.audio), sound.seconds, vocoder.sampling_rate)}{shared}")
+        if sound.clip.recording is not None:
+            _compare(folder, sound, vocoder.mel_spectrogram)
+    for sound in sounds:
+        if not sound.is_finite:
+            raise InputError(f"{sound.clip.source}: the synthesis is not finite; train longer, or lower --temp")
 
 
 def _speed(samples: int, seconds: float, sampling_rate: int) -> str:
@@ -238,11 +167,12 @@ def _speed(samples: int, seconds: float, sampling_rate: int) -> str:
     )
 
 
-def _compare(folder: Path, output: str, recording: Tensor, audio: Tensor, mel_fn: MelSpectrogram) -> None:
+def _compare(folder: Path, sound: Sound, mel_fn: MelSpectrogram) -> None:
     """Picture and log-mel distance of a copy-synthesis beside its recording and white noise of the same power."""
-    sounds = {"recording": recording, "synthesis": audio.clamp(-1, 1), "white noise": noise_like(recording)}
-    mels = {name: mel_fn(sound) for name, sound in sounds.items()}
-    picture = (folder / output).with_suffix(".png")
+    recording = sound.clip.recording
+    heard = {"recording": recording, "synthesis": sound.audio.clamp(-1, 1), "white noise": noise_like(recording)}
+    mels = {name: mel_fn(audio) for name, audio in heard.items()}
+    picture = (folder / sound.clip.output).with_suffix(".png")
     save_mel_figure(picture, mels)
     distances = [f"{log_mel_distance(mels[name], mels['recording']):.3f} of the {name}" for name in list(mels)[1:]]
     print(f"log-mel distance to the recording: {', '.join(distances)}; picture: {picture}")
@@ -314,12 +244,10 @@ def _load_model(config: Config, options: argparse.Namespace, device: torch.devic
         raise InputError(
             f"no checkpoint in {config.run_folder}; train first, or name one: --set train_config.checkpoint_path=FILE"
         )
-    averaged = config.train_config.ema_decay > 0 and "ema" in start
-    print(f"weights: {start['name']}, iteration {start['iteration']}{', moving average' if averaged else ''}")
+    averaged = ", moving average" if has_average(start, config) else ""
+    print(f"weights: {start['name']}, iteration {start['iteration']}{averaged}")
     torch.backends.cudnn.allow_tf32 = False  # likelihoods and audio as exact as on the CPU
-    model = build_model(config.waveflow_config)
-    ckpt.load_weights(model, start["ema" if averaged else "model"], f"checkpoint {start['name']}")
-    return model.to(device).eval(), start["name"]
+    return trained_model(start, config, start["name"]).to(device), start["name"]
 
 
 def _refuse_to_overwrite(folder: Path, iteration: int) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint as ckpt
 import train
+import vocoder
 from audio import MelSpectrogram, read_wav
 from config import load_config
 from data import ClipDataset, read_file_list
@@ -211,7 +212,7 @@ def test_clips_synthesized_at_once_sound_as_they_do_alone(trained, mels, batches
 def test_the_time_of_a_batch_is_shared_out_by_samples(trained, mels, capsys, monkeypatch):
     path, _ = trained
     clock = iter(range(100))
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # a batch takes a second
+    monkeypatch.setattr(vocoder, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # a batch takes a second
     job = ["-c", path, "-s", *setting("data_config.test_files", mels[0])]
     assert run(*job, "--batch_seconds", 0.21) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "x real time" in line]
@@ -277,12 +278,12 @@ def test_clips_before_one_that_cannot_be_read_are_written(trained, mels, capsys,
     ],
 )
 def test_batches_are_consecutive_and_bounded(sizes, limit, expected):
-    assert list(train.in_batches(sizes, lambda size: size, limit)) == expected
+    assert list(vocoder.in_batches(sizes, lambda size: size, limit)) == expected
 
 
 def test_batches_take_no_more_than_the_next_item():
     taken = []
-    batches = train.in_batches((taken.append(n) or n for n in range(100)), lambda _: 1, 3)
+    batches = vocoder.in_batches((taken.append(n) or n for n in range(100)), lambda _: 1, 3)
     assert next(batches) == [0, 1, 2]
     assert taken == [0, 1, 2, 3]
 
@@ -292,7 +293,7 @@ def test_batches_hand_out_what_came_before_an_error():
         yield from (1, 1, 1)
         raise InputError("no more")
 
-    batches = train.in_batches(items(), lambda size: size, 2)
+    batches = vocoder.in_batches(items(), lambda size: size, 2)
     assert [next(batches), next(batches)] == [[1, 1], [1]]
     with pytest.raises(InputError, match="no more"):
         next(batches)

@@ -1,0 +1,242 @@
+"""A trained model for its users: mels in, audio out.
+
+    from vocoder import Vocoder
+    vocoder = Vocoder.from_pretrained("experiments/waveflow-h16-r64")
+    audio = vocoder(mel)
+
+Many clips go through the engine a few at once, and each sounds as it does alone.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint as ckpt
+from audio import MelSpectrogram, check_mel, resample, rescale
+from config import Config, DataConfig, config_from_dict, load_config
+from fast.engine import SynthesisEngine, slow_precision_warning
+from harness.devices import choose_device
+from harness.errors import InputError
+from model import FlowVocoder, build_model
+
+# Seconds of audio synthesized at once. A clip does not fill a GPU; 60 s are within the largest of its buckets. On a
+# CPU only clips shorter than a tile of the engine gain from company, and wavs are to appear one after the other.
+BATCH_SECONDS = {"cpu": 2.0, "cuda": 60.0}
+
+Array = np.ndarray | Tensor
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a sound is made from."""
+
+    source: str  # what errors call it: its file
+    mel: Tensor  # [M, F]
+    z: Tensor  # noise [h, W]
+    output: str = ""  # file name of its wav, if it is to have one
+    recording: Tensor | None = None  # [T], of a clip that is to be compared with it
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What became of a clip."""
+
+    clip: Clip
+    audio: Tensor  # [T], on the CPU
+    seconds: float  # its share of the time of its batch
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it can be heard at all; a model that was hardly trained may overflow."""
+        return bool(torch.isfinite(self.audio).all())
+
+
+class Vocoder:
+    """Speech from log-mels by a trained flow vocoder, which stays as it is.
+
+    data: how the mels were made; precision: of the products, as for the engine ("float32", "bfloat16", "float16").
+    """
+
+    def __init__(self, model: FlowVocoder, data: DataConfig, precision: str | None = None) -> None:
+        self.model, self.data = model.eval(), data
+        self.engine = SynthesisEngine(model, precision)
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        config: str | Path | Config | None = None,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+    ) -> "Vocoder":
+        """The vocoder of a checkpoint file, of a run's folder (its newest whole one), or of an experiment file's run.
+
+        config: experiment file or Config, needed where a checkpoint does not know its own, as the published ones.
+        device: by default a GPU where there is any. A moving average of the weights is preferred to the last ones.
+        Raises InputError.
+        """
+        path, config = Path(path), config if config is None or isinstance(config, Config) else load_config(config)
+        if path.suffix == ".json":
+            config = config or load_config(path)
+            path = config.run_folder
+        path, content = _newest_whole(path) if path.is_dir() else (path, ckpt.load_checkpoint(path))
+        config = _config_of(path, content, config)
+        device = choose_device(None if device is None else str(device))
+        if warning := slow_precision_warning(precision, device):
+            warnings.warn(warning, stacklevel=2)
+        return cls(trained_model(content, config, str(path)).to(device), config.data_config, precision)
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second of the audio."""
+        return self.data.sampling_rate
+
+    @property
+    def hop_length(self) -> int:
+        """Audio samples per mel frame."""
+        return self.data.hop_length
+
+    @property
+    def n_mels(self) -> int:
+        """Bands of a mel."""
+        return self.data.n_mel_channels
+
+    @cached_property
+    def mel_spectrogram(self) -> MelSpectrogram:
+        """The front end of this vocoder, on the CPU."""
+        return MelSpectrogram(self.data)
+
+    def mel(self, audio: Array, sampling_rate: int) -> Array:
+        """The log-mel [M, F] that this vocoder expects, of audio [T] in [-1, 1] at any rate; an array like the audio.
+
+        F = T // hop_length + 1, T counted at the vocoder's own rate. Raises InputError.
+        """
+        samples = resample(torch.as_tensor(audio).detach().cpu(), sampling_rate, self.sampling_rate)
+        if self.data.rescale:
+            samples = rescale(samples, samples.abs().max().item())
+        return _like(audio, self.mel_spectrogram(samples))
+
+    def __call__(self, mel: Array | Sequence[Array], temp: float = 1.0, seed: int | None = None) -> Array | list[Array]:
+        """Audio [T] in [-1, 1] of a log-mel [M, F], T = hop_length (F - 1): [B, T] of [B, M, F], a list of a list.
+
+        Arrays are like the mel: numpy, or tensors on its device. Each of several mels sounds as it does alone.
+        temp: standard deviation of the noise that synthesis starts from; seed: the same noise again, for each mel;
+        without, it comes from PyTorch's global generator. Raises InputError.
+        """
+        if isinstance(mel, (list, tuple)):
+            return self._audio_of(mel, temp, seed)
+        if getattr(mel, "ndim", 0) == 3 and len(mel):
+            return (torch if isinstance(mel, Tensor) else np).stack(self._audio_of(list(mel), temp, seed))
+        return self._audio_of([mel], temp, seed)[0]
+
+    def _audio_of(self, mels: Sequence[Array], temp: float, seed: int | None) -> list[Array]:
+        if not 0 <= temp < math.inf:
+            raise InputError(f"temp {temp}: expected a finite number of at least 0")
+        clips = []
+        for number, mel in enumerate(mels):
+            name = f"mel {number}" if len(mels) > 1 else "mel"
+            if not isinstance(mel, (np.ndarray, Tensor)):
+                raise InputError(f"{name}: of type {type(mel).__name__}, expected a numpy array or a tensor")
+            clips.append(self.clip(name, torch.as_tensor(mel).detach().cpu(), temp, seed))
+        sounds = [sound for batch in self.synthesize(clips) for sound in batch]
+        if spoilt := next((sound for sound in sounds if not sound.is_finite), None):
+            raise InputError(f"{spoilt.clip.source}: the synthesis is not finite; train longer, or lower temp")
+        return [_like(mel, sound.audio.clamp(-1, 1)) for mel, sound in zip(mels, sounds, strict=True)]
+
+    def clip(self, source: str, mel: Tensor, temp: float, seed: int | None) -> Clip:
+        """A mel [M, F] on the CPU with noise for it; InputError, naming the source, where it is not one."""
+        mel = check_mel(mel, source, self.n_mels)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        z = self.model.sample_noise(mel.unsqueeze(0), temp, generator)[0, 0]
+        return Clip(source, mel, z)
+
+    def synthesize(self, clips: Iterable[Clip], batch_seconds: float | None = None) -> Iterator[list[Sound]]:
+        """The sounds of clips, batch by batch: `batch_seconds` of audio at most, by default what suits it.
+
+        Clips are taken when they are needed; those before one that cannot be had come first, then its error.
+        """
+        at_once = BATCH_SECONDS[self.device.type] if batch_seconds is None else batch_seconds
+        for batch in in_batches(clips, lambda clip: clip.z.numel(), at_once * self.sampling_rate):
+            yield self._synthesize_batch(batch)
+
+    def _synthesize_batch(self, batch: Sequence[Clip]) -> list[Sound]:
+        """Each clip as it sounds alone; the time is shared out by samples."""
+        began = time.perf_counter()
+        inputs = [(clip.mel.to(self.device), clip.z.to(self.device)) for clip in batch]
+        sounds = [audio.cpu() for audio in self.engine.synthesize_many(inputs)]
+        per_sample = (time.perf_counter() - began) / sum(map(len, sounds))
+        return [Sound(clip, audio, per_sample * len(audio)) for clip, audio in zip(batch, sounds, strict=True)]
+
+
+def in_batches(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:
+    """Consecutive items in lists whose sizes come to at most `limit`; an item larger than that is alone.
+
+    Items are taken when they are needed. Where one cannot be had, those before it come first, then its error.
+    """
+    batch: list[Item] = []
+    total = 0.0
+    try:
+        for item in items:
+            if batch and total + size(item) > limit:
+                yield batch
+                batch, total = [], 0.0
+            batch.append(item)
+            total += size(item)
+    except (InputError, OSError):
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def trained_model(checkpoint: Mapping[str, Any], config: Config, name: str) -> FlowVocoder:
+    """A model with the checkpoint's weights, on the CPU, in evaluation mode; InputError if they are of another."""
+    model = build_model(config.waveflow_config)
+    weights = checkpoint["ema" if has_average(checkpoint, config) else "model"]
+    ckpt.load_weights(model, weights, f"checkpoint {name}")
+    return model.eval()
+
+
+def has_average(checkpoint: Mapping[str, Any], config: Config) -> bool:
+    """Whether a moving average of the weights is what the run meant to be used, and is there."""
+    return config.train_config.ema_decay > 0 and "ema" in checkpoint
+
+
+def _newest_whole(folder: Path) -> tuple[Path, dict[str, Any]]:
+    for path in ckpt.list_checkpoints(folder):
+        try:
+            return path, ckpt.load_checkpoint(path)
+        except InputError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=3)
+    raise InputError(f"no whole checkpoint in {folder}; train first, or name a file")
+
+
+def _config_of(path: Path, content: Mapping[str, Any], given: Config | None) -> Config:
+    """The config that is given, which must agree with the checkpoint, or its own, or that in its folder."""
+    if given is not None:
+        ckpt.check_config(content, given, str(path))
+        return given
+    if isinstance(content.get("config"), dict):
+        try:
+            return config_from_dict(content["config"])
+        except InputError as error:
+            raise InputError(f"checkpoint {path}: its config is damaged ({error}); pass config=FILE") from None
+    if (path.parent / "config.json").is_file():
+        return load_config(path.parent / "config.json")
+    raise InputError(f"checkpoint {path}: does not know its config; pass config=FILE, the experiment file")
+
+
+def _like(example: Array, result: Tensor) -> Array:
+    return result.to(example.device) if isinstance(example, Tensor) else result.numpy()
