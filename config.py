@@ -21,6 +21,8 @@ MAX_CHARACTERS = 2**20  # of an experiment file
 REMEDIES = Remedies(
     resume="the checkpoints are intact: go on with --resume latest",
     weights_only="--warm_start takes its weights only",
+    bad_steps="the checkpoints are intact: look at the files with --check_data, or go on from a checkpoint with a "
+    "lower train_config.learning_rate",
     worker_died="the checkpoints are intact: go on with --resume latest, with fewer workers (train_config.num_workers) "
     "if it happens again",
 )  # of train.py; here, below every room that gives advice

@@ -39,8 +39,9 @@ from harness.processes import (
 )
 from harness.stopping import StopRequest, exit_status
 from model import FlowVocoder, build_model, count_parameters
+from training.loop import train_until
 from training.precision import slow_half_warning
-from training.trainer import Trainer, train_until
+from training.trainer import Trainer
 from vocoder import Clip, Sound, Vocoder, has_average, trained_model
 
 # --- the jobs ---------------------------------------------------------------------------------------------

@@ -13,4 +13,5 @@ class Remedies:
 
     resume: str  # go on with a run that ended early
     weights_only: str  # leave the rest of a checkpoint that does not fit aside
+    bad_steps: str  # the loss or its gradient is not finite, step after step
     worker_died: str  # a data loading process died, probably for lack of memory

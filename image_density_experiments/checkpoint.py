@@ -19,6 +19,7 @@ FILE_NAME = re.compile(r"glow_model_(\d+)\.pt")
 REMEDIES = Remedies(
     resume="the checkpoints are intact: go on with --saved_model FOLDER",
     weights_only="save its 'model' entry alone in a file, and start from that with --saved_model FILE",
+    bad_steps="the checkpoints are intact: go on from one with --saved_model FILE, a lower --lr or a --max_grad_norm",
     worker_died="the checkpoints are intact: go on with --saved_model FOLDER, with fewer --n_workers if it recurs",
 )
 _IGNORED = "prior_h"  # a buffer of zeros in the published files

@@ -1,104 +1,96 @@
 """What surrounds the optimizer: the learning rate of each step, and a moving average of the weights."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import TrainConfig
 from harness.errors import InputError
 
+# --- learning rate ----------------------------------------------------------------------------------------
 
-class Schedule:
-    """learning_rate, times lr_decay_gamma every lr_decay_step steps, and rising linearly over the first warmup_steps.
 
-    The rate is a function of the config and the number of steps, so a resumed run follows the config it is given.
+def rate_factor(config: TrainConfig, steps: int) -> float:
+    """Factor of `learning_rate` for the step after `steps`: lr_decay_gamma every lr_decay_step steps, and a linear rise
+    over the first warmup_steps.
     """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
-        self.optimizer, self.config = optimizer, config
-        self._go_to(0)
-
-    def rate(self, step: int) -> float:
-        """Of step number `step`, from 0."""
-        config = self.config
-        decayed = config.learning_rate * config.lr_decay_gamma ** (step // config.lr_decay_step)
-        return decayed * min(1.0, (step + 1) / max(1, config.warmup_steps))
-
-    def move(self, steps: int) -> None:
-        """Go on by so many steps, or back where it is negative: those were skipped."""
-        self._go_to(self.steps + steps)
-
-    def _go_to(self, step: int) -> None:
-        self.steps = step
-        for group in self.optimizer.param_groups:
-            group["lr"], group["initial_lr"] = self.rate(step), self.config.learning_rate
-
-    def state_dict(self) -> dict[str, Any]:
-        """The entries of torch's StepLR, which the published code saves."""
-        config = self.config
-        return {
-            "step_size": config.lr_decay_step,
-            "gamma": config.lr_decay_gamma,
-            "base_lrs": [config.learning_rate],
-            "last_epoch": self.steps,
-            "_step_count": self.steps + 1,
-            "_last_lr": [self.rate(self.steps)],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the number of steps from what StepLR or `state_dict` gave; the rest is the config's."""
-        steps = state["last_epoch"]
-        if type(steps) is not int or steps < 0:
-            raise ValueError(f"last_epoch is {steps!r}")
-        self._go_to(steps)
+    return config.lr_decay_gamma ** (steps // config.lr_decay_step) * min(
+        1.0, (steps + 1) / max(1, config.warmup_steps)
+    )
 
 
-class MovingAverage:
-    """An exponential moving average of a model's weights; with decay 0 it does nothing.
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int = 0) -> LambdaLR:
+    """The schedule of `rate_factor` after so many steps.
+
+    It is a function of the config and the number of steps, so a resumed run follows the config it is given.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = config.learning_rate
+    return LambdaLR(optimizer, lambda done: rate_factor(config, done), last_epoch=steps - 1)
+
+
+def schedule_state(schedule: LambdaLR, config: TrainConfig) -> dict[str, Any]:
+    """The entries of torch's StepLR, which the published code saves."""
+    return {
+        "step_size": config.lr_decay_step,
+        "gamma": config.lr_decay_gamma,
+        "base_lrs": [config.learning_rate],
+        "last_epoch": schedule.last_epoch,
+        "_step_count": schedule.last_epoch + 1,
+        "_last_lr": schedule.get_last_lr(),
+    }
+
+
+def scheduled_steps(state: Any) -> int:
+    """Steps after which `schedule_state` or StepLR's `state_dict` was taken; InputError where it is neither."""
+    steps = state.get("last_epoch") if isinstance(state, Mapping) else None
+    if type(steps) is not int or not 0 <= steps < 2**31:
+        raise InputError(
+            f"the checkpoint's training state is damaged (last_epoch is {str(steps)[:40]!r}); --warm_start takes its "
+            "weights only"
+        )
+    return steps
+
+
+# --- moving average ---------------------------------------------------------------------------------------
+
+
+class MovingAverage(AveragedModel):
+    """A copy of a model, `module`, whose weights are an exponential moving average of the model's.
 
     The decay starts small and reaches its value after some ten times 1/(1 - decay) steps, so that the first weights
     are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
         self.decay = decay
-        self.own = dict(model.named_parameters()) if decay else {}
-        self.weights = {name: parameter.detach().clone() for name, parameter in self.own.items()}
+        self.requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after step number `step`, from 1."""
-        if self.decay:
-            decay = min(self.decay, (1 + step) / (10 + step))
-            get_ema_multi_avg_fn(decay)(list(self.weights.values()), list(self.own.values()), None)
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the model's weights after step number `step`, from 1.
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within it the model has the average for its weights."""
-        plain = {name: self.own[name].detach().clone() for name in self.weights}
-        self._set(self.weights)
-        try:
-            yield
-        finally:
-            self._set(plain)
+        `update_parameters` of the base does the same with a count of its own, for which it makes the host wait.
+        """
+        average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+        average(list(self.module.parameters()), list(model.parameters()), None)
 
-    @torch.no_grad()
-    def _set(self, weights: Mapping[str, Tensor]) -> None:
-        for name, value in weights.items():
-            self.own[name].copy_(value)
+    def weights(self) -> dict[str, Tensor]:
+        """The averages by the names of the model's parameters."""
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from a saved average; InputError where it is not one of this model."""
-        if not self.decay:
-            return
-        for name, average in self.weights.items():
+        """Go on from saved averages; InputError where they are those of another model."""
+        own = self.weights()
+        for name, average in own.items():
             if name not in weights or weights[name].shape != average.shape:
                 raise InputError(
                     f"the checkpoint's moving average is of another model ({name}); --warm_start takes its weights only"
                 )
-        for name, average in self.weights.items():
+        for name, average in own.items():
             average.copy_(weights[name])

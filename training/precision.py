@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from config import TrainConfig
+from harness.bad_steps import step_if_finite
 from harness.devices import fast_bfloat16
 from harness.errors import InputError
 
@@ -110,23 +111,6 @@ class ApexAmp(Precision):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self.amp.load_state_dict(state)
-
-
-def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
-    """`optimizer.step()`, unless the loss or the gradient norm is not finite: then nothing of it changes.
-
-    A fused optimizer decides on the device, by the switch made for GradScaler; any other makes the host wait.
-    """
-    finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        if finite:
-            optimizer.step()
-        return
-    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf
 
 
 def slow_half_warning(config: TrainConfig, device: torch.device) -> str | None:

@@ -10,12 +10,12 @@ import checkpoint as ckpt
 from config import TrainConfig, load_config
 from fast import estimators
 from fast.estimators import Execution
+from harness import loop
 from harness.errors import InputError
 from modules import FlowLoss
 from tests.support.experiments import fails, losses, run
 from tests.support.vocoders import random_input, random_vocoder
-from training import progress
-from training.optimisation import MovingAverage, Schedule
+from training.optimisation import MovingAverage, make_schedule, schedule_state
 from training.trainer import Trainer, compile_errors_named
 
 CPU = torch.device("cpu")
@@ -63,16 +63,21 @@ def test_gradients_with_recomputed_activations_are_equal(coupling_type):
 # --- learning rate ----------------------------------------------------------------------------------------
 
 
-def scheduled(**settings):
+def settings_of(**settings):
+    return TrainConfig(learning_rate=0.8, lr_decay_step=3, lr_decay_gamma=0.5, **settings)
+
+
+def scheduled(steps=0, **settings):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    return Schedule(optimizer, TrainConfig(learning_rate=0.8, lr_decay_step=3, lr_decay_gamma=0.5, **settings))
+    return make_schedule(optimizer, settings_of(**settings), steps)
 
 
 def rates(schedule, n):
     found = []
     for _ in range(n):
         found.append(schedule.optimizer.param_groups[0]["lr"])
-        schedule.move(1)
+        schedule.optimizer.step()
+        schedule.step()
     return found
 
 
@@ -86,7 +91,7 @@ def test_the_schedule_is_that_of_steplr():
         optimizer.step()
         reference.step()
     assert rates(schedule, 8) == pytest.approx(expected)
-    saved = schedule.state_dict()
+    saved = schedule_state(schedule, settings_of())
     assert {name: reference.state_dict()[name] for name in saved} == saved  # the published code can take it up
 
 
@@ -94,11 +99,22 @@ def test_warm_up_rises_to_the_schedule():
     assert rates(scheduled(warmup_steps=4), 8) == pytest.approx([0.2, 0.4, 0.6, 0.4, 0.4, 0.4, 0.2, 0.2])
 
 
-def test_skipped_steps_are_taken_back():
-    schedule = scheduled()
-    rates(schedule, 4)
-    schedule.move(-2)
-    assert rates(schedule, 2) == pytest.approx([0.8, 0.4])
+def test_a_schedule_goes_on_where_it_was():
+    assert rates(scheduled(steps=2), 3) == pytest.approx([0.8, 0.4, 0.4])
+    saved = schedule_state(scheduled(steps=2), settings_of())
+    assert (saved["last_epoch"], saved["_step_count"], saved["_last_lr"]) == (2, 3, [0.8])
+
+
+def test_a_skipped_step_counts_in_the_schedule_and_leaves_the_weights(config, tmp_path):
+    trainer = make_trainer(config, tmp_path, learning_rate=0.8, lr_decay_step=2, lr_decay_gamma=0.5)
+    audio, mel = random_input(trainer.model)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    rates = []
+    for _ in range(3):
+        rates.append(trainer.learning_rate)
+        trainer.step(audio * float("nan"), mel)
+    assert all(torch.equal(*both) for both in zip(before, trainer.model.parameters(), strict=True))
+    assert (trainer.iteration, rates) == (3, [0.8, 0.8, 0.4])
 
 
 def test_warm_up_is_resumed(config, tmp_path):
@@ -122,11 +138,10 @@ def test_the_average_follows_the_weights_and_lets_them_be():
     for step in range(1, 6):
         with torch.no_grad():
             model.weight.fill_(step)
-        average.update(step)
+        average.update(model, step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    with average.in_place():
-        assert model.weight.item() == pytest.approx(expected)
+    assert average.module.weight.item() == pytest.approx(expected)
     assert model.weight.item() == 5
 
 
@@ -229,7 +244,7 @@ def test_a_compiler_that_is_missing_is_named():
 
 
 def test_without_a_terminal_there_are_lines(config, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "LINE_SECONDS", 0.0)
     assert run("-c", config(), "--max_iterations", 3) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"iteration \d+: loss", line)]
     assert [re.match(r"iteration (\d+)", line)[1] for line in lines] == ["1", "2", "3"]

@@ -1,0 +1,212 @@
+"""The training loop of any model: step, read back, judge, log, save, listen.
+
+The results of steps stay on the device until a few of them are read back at once, since every reading waits for it;
+then they are judged, logged and shown. The loop stops when asked, with a checkpoint from which it goes on exactly.
+Among several processes each does its share of every step; the main one writes.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from harness import terminal
+from harness.bad_steps import BadSteps
+from harness.errors import Remedies
+from harness.log import NoLog, RunLog
+from harness.processes import agree, is_main
+from harness.stopping import StopRequest, worker_deaths_named
+
+READ_BACK_EVERY = {"cpu": 1, "cuda": 10}  # steps; reading a result back waits for the accelerator
+LINE_SECONDS = 30.0  # from one line to the next where there is no terminal to draw a bar on
+
+
+class Trained(Protocol):
+    """What the loop trains: a model with everything that a checkpoint must hold to go on exactly."""
+
+    device: torch.device
+    loader: Iterable[Sequence[Any]]  # endless batches, from that of the next step on
+    iteration: int  # steps done
+    bad_steps: BadSteps
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next step."""
+
+    def step(self, *batch: Any) -> Sequence[Tensor]:
+        """One update, or none where it would not be finite; counts up `iteration`.
+
+        Returns numbers on the device, for which it does not wait: the loss first, the gradient norm last.
+        """
+
+    def save(self) -> Path:
+        """Write the checkpoint of this iteration; OSError where the disk refuses."""
+
+    def prune(self, newest: Path) -> None:
+        """Remove the checkpoints that need not be kept."""
+
+
+class Step(NamedTuple):
+    """A step read back from the device: its number from 1, its results as `Trained.step` gives them, its rate."""
+
+    iteration: int
+    results: tuple[float, ...]
+    learning_rate: float
+
+
+class Loop(ABC):
+    """One run of the loop, up to iteration `last`; the subclass says what it logs, shows and measures.
+
+    every: iterations from one milestone to the next.
+    """
+
+    remedies: Remedies
+
+    def __init__(self, trained: Trained, last: int, every: int, log: RunLog | NoLog, stop: StopRequest) -> None:
+        self.trained, self.last, self.every, self.log, self.stop = trained, last, every, log, stop
+        self.saver = Saver(trained)
+        self.progress = Progress(self, trained.iteration)
+        self._pending: list[tuple[Sequence[Tensor], float]] = []
+        self._began = time.perf_counter()  # of what is pending
+
+    # --- what the subclass says ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def row(self, step: Step) -> Sequence[float]:
+        """A row of the log."""
+
+    @abstractmethod
+    def short(self, step: Step, steps_per_second: float) -> str:
+        """The text behind the bar."""
+
+    @abstractmethod
+    def line(self, steps: Sequence[Step], steps_per_second: float) -> str:
+        """One line on several steps, their results averaged."""
+
+    @abstractmethod
+    def milestone(self, finished: bool) -> None:
+        """Save; then evaluate and sample by `stop.unless_stopped`, which a signal ends at once."""
+
+    def begin(self) -> None:  # noqa: B027 (by default nothing)
+        """Do what comes before the first step."""
+
+    def taken(self, steps: Sequence[Step], seconds: float) -> None:  # noqa: B027 (by default nothing)
+        """Take note of steps that were judged, and of the time that they took."""
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Train to the end or to a stop; returns whether the last checkpoint could be saved."""
+        try:
+            with self.stop, worker_deaths_named(self.remedies.worker_died):
+                self.begin()
+                if self.trained.iteration < self.last:
+                    self._steps()
+                return not self.saver.failed
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close what was opened for the run."""
+        self.progress.bar.close()
+        self.log.close()
+
+    def _steps(self) -> None:
+        trained, due = self.trained, False
+        self._began = time.perf_counter()
+        for batch in trained.loader:
+            learning_rate = trained.learning_rate
+            self._pending.append((trained.step(*batch), learning_rate))
+            if len(self._pending) >= READ_BACK_EVERY[trained.device.type]:
+                self._read_back()
+            finished = trained.iteration >= self.last or (not self._pending and agree(self.stop))
+            due = due or trained.iteration % self.every == 0
+            if finished or due:
+                self._read_back()
+                self.progress.say()
+                # Weights whose last step was not finite may be the reason: an older checkpoint is the better one.
+                if finished or trained.bad_steps.in_a_row == 0:
+                    due = False
+                    self.milestone(finished)
+                self._began = time.perf_counter()  # the pause is none of the speed
+            if finished:
+                return
+
+    def _read_back(self) -> None:
+        """Log, judge and show what is pending; InputError after too many steps in a row that were not finite."""
+        if not self._pending:
+            return
+        values = torch.stack([torch.stack([value.float() for value in results]) for results, _ in self._pending])
+        first = self.trained.iteration - len(self._pending) + 1
+        steps = [
+            Step(iteration, tuple(results), rate)
+            for iteration, (results, (_, rate)) in enumerate(zip(values.tolist(), self._pending, strict=True), first)
+        ]
+        self._pending.clear()
+        self.log.steps([self.row(step) for step in steps])
+        for step in steps:
+            self.trained.bad_steps.judge(step.iteration, step.results[0], step.results[-1])
+        seconds = time.perf_counter() - self._began
+        self.taken(steps, seconds)
+        self.progress.show(steps, seconds)
+        self._began = time.perf_counter()
+
+
+class Progress:
+    """What is seen of a run between milestones: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, loop: Loop, iteration: int) -> None:
+        self.loop = loop
+        hidden = None if is_main() else True  # None: where there is no terminal
+        self.bar = tqdm(total=loop.last, initial=iteration, unit="step", dynamic_ncols=True, disable=hidden)
+        self._unsaid: list[Step] = []
+        self._seconds = 0.0  # that the unsaid took
+
+    def show(self, steps: Sequence[Step], seconds: float) -> None:
+        """Move the bar by the steps that were read back; say a line if it is time."""
+        self.bar.set_postfix_str(self.loop.short(steps[-1], len(steps) / seconds))
+        self.bar.update(len(steps))
+        self._unsaid.extend(steps)
+        self._seconds += seconds
+        if self._seconds >= LINE_SECONDS:
+            self.say()
+
+    def say(self) -> None:
+        """Where there is no terminal for a bar: one line on the steps since the last one."""
+        if self.bar.disable and self._unsaid:
+            terminal.say(self.loop.line(self._unsaid, len(self._unsaid) / self._seconds))
+        self._unsaid, self._seconds = [], 0.0
+
+
+class Saver:
+    """Writes checkpoints and has those removed that need not be kept.
+
+    A full disk is reported, and is no reason to end a run: the older checkpoints are intact, and the next attempt may
+    find space. `failed` says whether the last one was refused.
+    """
+
+    def __init__(self, trained: Trained) -> None:
+        self.trained, self.failed = trained, False
+
+    def save(self) -> None:
+        """Write the checkpoint of this iteration, if this is the main process."""
+        if not is_main():
+            return
+        try:
+            path = self.trained.save()
+        except OSError as error:
+            self.failed = True
+            terminal.warn(
+                f"the checkpoint of iteration {self.trained.iteration} was not saved "
+                f"({error.strerror or error}); the older ones are intact"
+            )
+            return
+        self.failed = False
+        terminal.say(f"saved {path}")
+        if self.trained.bad_steps.in_a_row == 0:
+            self.trained.prune(path)

@@ -1,0 +1,111 @@
+"""A vocoder's training run: what it logs, shows and measures besides the steps of harness/loop.py."""
+
+from collections.abc import Sequence
+
+import torch
+
+from audio import write_wav
+from config import REMEDIES
+from data import ClipDataset, load_synthesis_entry
+from evaluation import ClipLikelihood, clip_likelihoods, summarise
+from harness import terminal
+from harness.log import NoLog, RunLog
+from harness.loop import Loop, Step
+from harness.processes import gather, is_main
+from harness.stopping import StopRequest
+from training.trainer import Trainer
+
+
+def train_until(last: int, trainer: Trainer, test_clips: ClipDataset, stop: StopRequest) -> bool:
+    """Train to iteration `last` or to a stop, with a checkpoint, an evaluation and a sample every
+    `iters_per_checkpoint`. Returns whether the last checkpoint could be saved.
+
+    test_clips: this process's share of the test clips.
+    """
+    return VocoderLoop(last, trainer, test_clips, stop).run()
+
+
+class VocoderLoop(Loop):
+    """The loop with the likelihood of the test clips and a sample at each checkpoint."""
+
+    remedies = REMEDIES
+
+    def __init__(self, last: int, trainer: Trainer, test_clips: ClipDataset, stop: StopRequest) -> None:
+        train = trainer.config.train_config
+        log = RunLog(trainer.folder, trainer.iteration, train.with_tensorboard) if is_main() else NoLog()
+        super().__init__(trainer, last, train.iters_per_checkpoint, log, stop)
+        self.test_clips = test_clips
+        self.samples_per_step = train.batch_size * trainer.config.data_config.segment_length
+
+    def begin(self) -> None:
+        """The likelihood of fresh weights."""
+        if self.trained.iteration == 0:
+            self._report_likelihood()
+
+    def row(self, step: Step) -> Sequence[float]:
+        """iteration, loss, prior, log_det, grad_norm, learning_rate."""
+        return step.iteration, *step.results, step.learning_rate
+
+    def taken(self, steps: Sequence[Step], seconds: float) -> None:
+        """The speed of training to TensorBoard."""
+        speed = len(steps) * self.samples_per_step / seconds
+        self.log.scalar("train/samples_per_second", speed, steps[-1].iteration)
+
+    def short(self, step: Step, steps_per_second: float) -> str:
+        """Loss, learning rate and speed."""
+        return f"loss {step.results[0]:.4f}, lr {step.learning_rate:.2g}, {self._speed(steps_per_second)}"
+
+    def line(self, steps: Sequence[Step], steps_per_second: float) -> str:
+        """Averages of the loss, its terms and the gradient norm; learning rate and speed."""
+        columns = zip(*(step.results for step in steps), strict=True)
+        loss, prior, log_det, norm = (sum(values) / len(steps) for values in columns)
+        return (
+            f"iteration {steps[-1].iteration}: loss {loss:.4f} (prior {prior:.4f}, log-determinant {log_det:.4f}), "
+            f"gradient norm {norm:.3g}, lr {steps[-1].learning_rate:.3g}, {self._speed(steps_per_second)}"
+        )
+
+    def _speed(self, steps_per_second: float) -> str:
+        return f"{steps_per_second * self.samples_per_step / 1000:.1f}k samples/s"
+
+    def milestone(self, finished: bool) -> None:
+        """Checkpoint, likelihood, sample."""
+        self.saver.save()
+        self._report_likelihood()
+        if is_main():
+            self.stop.unless_stopped(self._write_sample)
+
+    def _report_likelihood(self) -> None:
+        """The likelihood of the test clips, over all processes; nothing after a signal."""
+        trainer, config = self.trained, self.trained.config
+
+        def evaluate_share() -> list[ClipLikelihood]:
+            return clip_likelihoods(trainer.evaluated, self.test_clips, config.train_config.sigma, trainer.device)
+
+        clips = gather(self.stop.unless_stopped(evaluate_share))
+        if clips is None:
+            return
+        result = summarise(clips)
+        self.log.likelihood(result, trainer.iteration)
+        seconds = config.data_config.segment_length / config.data_config.sampling_rate
+        terminal.say(f"iteration {trainer.iteration}, first {seconds:.2f} s of each test clip: {result}")
+
+    def _write_sample(self) -> None:
+        """Copy-synthesis of the first test clip, so that progress can be heard."""
+        try:
+            self._synthesize_first()
+        except OSError as error:
+            terminal.warn(f"the sample was not written ({error.strerror or error})")
+
+    def _synthesize_first(self) -> None:
+        trainer, data = self.trained, self.trained.config.data_config
+        mel, _ = load_synthesis_entry(self.test_clips.files[0], data, self.test_clips.mel)
+        devices = [trainer.device] if trainer.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # none of the run's own random numbers
+            torch.manual_seed(trainer.config.train_config.seed)
+            audio = trainer.evaluated.reverse_fast(mel.unsqueeze(0).to(trainer.device))[0].cpu()
+        if not torch.isfinite(audio).all():
+            terminal.say("the sample is not finite and was not written; the model may need more training")
+            return
+        write_wav(trainer.folder / "samples" / f"waveflow_{trainer.iteration}.wav", audio, data.sampling_rate)
+        mels = {"recording": mel, "synthesis": self.test_clips.mel(audio.clamp(-1, 1))}
+        self.log.sample(audio, data.sampling_rate, mels, trainer.iteration)
