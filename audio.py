@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import DataConfig, section_from_dict
+from config import DataConfig
 from harness.errors import InputError
 from harness.files import written_whole
+from harness.settings import parse_section
 from harness.torch_files import load_tensors
 
 INT16_SCALE = 32_768.0  # full scale of 16-bit audio
@@ -127,7 +128,7 @@ class MelSpectrogram(nn.Module):
         super().__init__()
         import librosa.filters  # seconds to import, and only needed here
 
-        self.config = config = section_from_dict(DataConfig, data_config, "data_config.")
+        self.config = config = parse_section(DataConfig, data_config, "data_config.")
         filters = librosa.filters.mel(
             sr=config.sampling_rate,
             n_fft=config.filter_length,

@@ -1,23 +1,23 @@
-"""Experiment configuration: JSON files and `--set` overrides become frozen dataclasses, checked once.
+"""Experiment configuration: JSON files and `--set` overrides become frozen sections, checked once.
 
-The only place that knows key names. Keys and defaults are those of the published configs
-(Lee et al., 2020); the fields marked "added" are this project's. Imports nothing of ours.
+The only place that knows key names. Keys and defaults are those of the published configs (Lee et al., 2020) but for
+those described as "added". `python config.py` prints the reference of all keys, docs/config.md.
 """
 
-import difflib
 import json
 import math
-import types
-import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from harness.errors import InputError, Remedies
+from harness.settings import Settings, Sizes, Switch, parse_section, reference_table, show, unknown_key
 
 MAX_WEIGHTS = 2**31
 MAX_CHARACTERS = 2**20  # of an experiment file
+MAX_INT = 2**31 - 1
 REMEDIES = Remedies(
     resume="the checkpoints are intact: go on with --resume latest",
     weights_only="--warm_start takes its weights only",
@@ -26,72 +26,88 @@ REMEDIES = Remedies(
     worker_died="the checkpoints are intact: go on with --resume latest, with fewer workers (train_config.num_workers) "
     "if it happens again",
 )  # of train.py; here, below every room that gives advice
-COUPLING_TYPES = ("waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow")
+CouplingType = Literal["waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
 
 
-def _positive(default: Any = MISSING, maximum: int = 2**31 - 1) -> Any:
-    return field(default=default, metadata={"minimum": 1, "maximum": maximum})
+def _plain(default: Any, description: str) -> Any:
+    """A field without a range, described for docs/config.md."""
+    return Field(default, description=description)
 
 
-def _at_least_zero(default: Any, maximum: float = 2**31 - 1) -> Any:
-    return field(default=default, metadata={"minimum": 0, "maximum": maximum})
+def _count(default: Any, description: str, maximum: int = MAX_INT, minimum: int = 1) -> Any:
+    """A whole number of something."""
+    return Field(default, ge=minimum, le=maximum, description=description)
 
 
-def _above_zero(default: Any) -> Any:
-    return field(default=default, metadata={"above": 0.0})
+def _above_zero(default: float, description: str) -> Any:
+    return Field(default, gt=0, description=description)
 
 
-def _one_of(*choices: str, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"choices": choices})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """`train_config`: the optimisation and where its files go."""
 
-    fp16_run: bool = False
-    output_directory: str = "experiments"
-    epochs: int = _positive(100_000)
-    learning_rate: float = _above_zero(1e-3)
-    lr_decay_step: int = _positive(200_000)
-    lr_decay_gamma: float = _above_zero(0.5)
-    sigma: float = _above_zero(1.0)
-    iters_per_checkpoint: int = _positive(5_000)
-    batch_size: int = _positive(8, maximum=2**16)
-    seed: int = _at_least_zero(1234)
-    checkpoint_path: str = ""
-    with_tensorboard: bool = True
-    max_grad_norm: float = _above_zero(5.0)  # added: the published code has the 5 in its loop
-    amp_backend: str = _one_of("torch", "apex", default="torch")  # added: who does fp16_run
-    num_workers: int = _at_least_zero(2, maximum=2**8)  # added: data loading processes
-    keep_checkpoints: int = _at_least_zero(0)  # added: how many stay, the newest; 0, as published: all
-    checkpoint_activations: bool = False  # added: keep one flow's activations at a time; slower, in less memory
-    max_bad_steps: int = _positive(10)  # added: steps in a row with a loss or gradient that is not finite, then stop
-    accumulation_steps: int = _positive(1, maximum=2**16)  # added: parts of a batch that go through one after the other
-    ema_decay: float = _at_least_zero(0.0, maximum=0.9999999)  # added: moving average of the weights; 0: none
-    warmup_steps: int = _at_least_zero(0)  # added: over which the learning rate rises; 0, as published: none
-    compile: bool = False  # added: torch.compile of the estimator for training steps
+    fp16_run: Switch = _plain(False, "half precision: float16 with loss scaling on CUDA, bfloat16 on the CPU")
+    output_directory: str = _plain("experiments", "runs go to `<output_directory>/<model_name>`")
+    epochs: int = _count(100_000, "passes over the training clips")
+    learning_rate: float = _above_zero(1e-3, "of Adam")
+    lr_decay_step: int = _count(200_000, "iterations after which the learning rate is multiplied by `lr_decay_gamma`")
+    lr_decay_gamma: float = _above_zero(0.5, "see `lr_decay_step`")
+    sigma: float = _above_zero(1.0, "standard deviation of the Gaussian prior")
+    iters_per_checkpoint: int = _count(5_000, "iterations from one checkpoint, evaluation and sample to the next")
+    batch_size: int = _count(8, "crops per step, over all devices and processes", maximum=2**16)
+    seed: int = _count(1234, "of weights, data order, crops and noise", minimum=0)
+    checkpoint_path: str = _plain("", "checkpoint to start from; with `-a` a folder of them; empty: fresh weights")
+    with_tensorboard: Switch = _plain(True, "write curves, samples and pictures for TensorBoard")
+    max_grad_norm: float = _above_zero(5.0, "added (5 in the published loop): gradients are scaled down to this norm")
+    amp_backend: Literal["torch", "apex"] = _plain(
+        "torch", "added: who computes `fp16_run`; `apex` is NVIDIA Apex, level O1, where a version with `amp` is there"
+    )
+    num_workers: int = _count(2, "added: data loading processes; batches do not depend on it", 2**8, minimum=0)
+    keep_checkpoints: int = _count(0, "added: how many checkpoints stay, the newest; 0, as published: all", minimum=0)
+    checkpoint_activations: Switch = _plain(
+        False, "added: keep one flow's activations at a time and compute the rest again: slower, in less memory"
+    )
+    max_bad_steps: int = _count(10, "added: steps in a row with a loss or gradient that is not finite before the stop")
+    accumulation_steps: int = _count(
+        1, "added: parts of a batch that go through one after the other; the gradient is that of the whole", 2**16
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        le=0.9999999,
+        description="added: moving average of the weights, evaluated and synthesized with, saved as `ema`; 0: none",
+    )
+    warmup_steps: int = _count(
+        0, "added: steps over which the learning rate rises to the schedule; 0, as published: none", minimum=0
+    )
+    compile: Switch = _plain(
+        False,
+        "added: `torch.compile` of the estimator in training steps; needs a C++ compiler on CPUs, Triton on GPUs",
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """`data_config`: the corpus and its log-mel spectrogram (lengths in samples, frequencies in Hz)."""
 
-    training_files: str = ""
-    test_files: str = ""
-    segment_length: int = _positive(16_000, maximum=2**26)
-    sampling_rate: int = _positive(22_050, maximum=2**20)
-    filter_length: int = _positive(1_024, maximum=2**16)
-    hop_length: int = _positive(256, maximum=2**16)
-    win_length: int = _positive(1_024, maximum=2**16)
-    n_mel_channels: int = _positive(80, maximum=2**10)
-    mel_fmin: float = _at_least_zero(0.0)
-    mel_fmax: float = _above_zero(8_000.0)
-    rescale: bool = False
-    use_dbmel: bool = False
-    mel_source: str = _one_of("crop", "clip", default="crop")  # added: see spec defect 15 in the README
+    training_files: str = _plain("", "list of wavs, a path per line, relative to the current folder or else the list's")
+    test_files: str = _plain("", "list of wavs to evaluate, of wavs and mels to synthesize")
+    segment_length: int = _count(16_000, "samples per training crop, a multiple of `n_height`", 2**26)
+    sampling_rate: int = _count(22_050, "Hz; wavs must be 16-bit mono at this rate", 2**20)
+    filter_length: int = _count(1_024, "samples of the Fourier transform, even", 2**16)
+    hop_length: int = _count(256, "samples from one frame to the next, a multiple of `n_height`", 2**16)
+    win_length: int = _count(1_024, "samples of the window, at most `filter_length`", 2**16)
+    n_mel_channels: int = _count(80, "mel bands", 2**10)
+    mel_fmin: float = Field(0.0, ge=0, le=MAX_INT, description="Hz at which the lowest band begins")
+    mel_fmax: float = _above_zero(8_000.0, "Hz at which the highest band ends, at most half of `sampling_rate`")
+    rescale: Switch = _plain(False, "divide each clip by its peak, times 0.999")
+    use_dbmel: Switch = _plain(False, "decibels mapped to [0, 1] instead of the natural logarithm")
+    mel_source: Literal["crop", "clip"] = _plain(
+        "crop",
+        "added: `crop`: mel of each training crop by itself, as published; `clip`: hop-aligned frames of the clip's",
+    )
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
         if self.filter_length % 2:
             raise InputError(f"filter_length {self.filter_length} is odd; frames are centred, so it must be even")
         if self.win_length > self.filter_length:
@@ -101,44 +117,44 @@ class DataConfig:
                 f"mel_fmin {self.mel_fmin} and mel_fmax {self.mel_fmax}: expected mel_fmin < mel_fmax <= "
                 f"{self.sampling_rate / 2} (half of sampling_rate)"
             )
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistConfig:
+class DistConfig(Settings):
     """`dist_config`: how processes of a multi-process run meet."""
 
-    dist_backend: str = _one_of("nccl", "gloo", default="nccl")
-    dist_url: str = ""
+    dist_backend: Literal["nccl", "gloo"] = _plain("nccl", "how GPUs talk; CPUs talk through gloo")
+    dist_url: str = _plain("", "where the processes meet; empty or `env://`: where torchrun says")
 
 
-@dataclass(frozen=True, kw_only=True)
-class WaveFlowConfig:
+class WaveFlowConfig(Settings):
     """`waveflow_config`: the flow vocoder; `coupling_type` says what its flows share."""
 
-    model_name: str = "waveflow"
-    cin_channels: int = _positive(80, maximum=2**10)
-    res_channels: int = _positive(maximum=2**14)
-    n_height: int = _positive(16, maximum=2**12)
-    n_layer: int = _positive(8, maximum=16)
-    n_flow: int = _positive(8, maximum=128)
-    n_layer_per_cycle: int = _positive(1, maximum=16)
-    coupling_type: str = _one_of(*COUPLING_TYPES)
-    size_flow_embed: int = _at_least_zero(0, maximum=2**14)
-    use_weightnorm_embed: bool = False
-    bipartize: bool = False
-    transform: str = _one_of("affine", "spline", default="affine")
-    num_bin: int = _positive(8, maximum=2**8)
-    tail_bound: float = _above_zero(5.0)
-    upsample_strides: tuple[int, ...] = (16, 16)  # added: their product is the hop
+    model_name: str = _plain("waveflow", "names the run's folder")
+    cin_channels: int = _count(80, "mel bands, equal to `n_mel_channels`", 2**10)
+    res_channels: int = _count(..., "residual channels of the estimator", 2**14)
+    n_height: int = _count(16, "rows of the squeezed audio", 2**12)
+    n_layer: int = _count(8, "layers of an estimator", 16)
+    n_flow: int = _count(8, "flows", 128)
+    n_layer_per_cycle: int = _count(1, "dilation in height of layer l: 2^(l mod this); in width: 2^l", 16)
+    coupling_type: CouplingType = _plain(..., "what flows share")
+    size_flow_embed: int = _count(0, "channels of the flow embedding, for `nanoflow`", 2**14, minimum=0)
+    use_weightnorm_embed: Switch = _plain(False, "weight normalisation of the layers that take the flow embedding")
+    bipartize: Switch = _plain(False, "the second half of the flows reverses the upper and lower rows apart")
+    transform: Literal["affine", "spline"] = _plain("affine", "what a flow does to a sample")
+    num_bin: int = _count(8, "bins of a spline", 2**8)
+    tail_bound: float = _above_zero(5.0, "a spline is the identity beyond it")
+    upsample_strides: Sizes = _plain((16, 16), "added: even numbers whose product is `hop_length`")
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
         if self.coupling_type == "nanoflow" and self.size_flow_embed < 1:
             raise InputError('size_flow_embed: coupling_type "nanoflow" needs an embedding size of at least 1')
         if self.bipartize and self.n_height % 2:
             raise InputError(f"n_height {self.n_height} is odd; bipartize reverses its two halves, so it must be even")
         if not self.upsample_strides or any(s < 2 or s % 2 or s > 2**12 for s in self.upsample_strides):
             raise InputError(
-                f"upsample_strides {_show(list(self.upsample_strides))}: expected even numbers from 2 to {2**12}"
+                f"upsample_strides {show(list(self.upsample_strides))}: expected even numbers from 2 to {2**12}"
             )
         if self.weights_at_least > MAX_WEIGHTS:
             raise InputError(
@@ -146,7 +162,8 @@ class WaveFlowConfig:
                 f"{self.weights_at_least:.1e} weights; at most {MAX_WEIGHTS:.1e} are accepted"
             )
         if not self.model_name or self.model_name in (".", "..") or set(self.model_name) & set("/\\\0"):
-            raise InputError(f"model_name {self.model_name!r}: expected a plain folder name, without a slash")
+            raise InputError(f"model_name {show(self.model_name)}: expected a plain folder name, without a slash")
+        return self
 
     @property
     def hop_length(self) -> int:
@@ -155,7 +172,7 @@ class WaveFlowConfig:
 
     @property
     def weights_at_least(self) -> int:
-        """Those of the estimators' layers."""
+        """Weights of the estimators' layers, which are most of them."""
         n_estimators = self.n_flow if self.coupling_type == "waveflow" else 1
         inputs = 10 * self.res_channels + self.cin_channels + self.size_flow_embed  # 3x3, 1x1, and the conditioning
         return n_estimators * self.n_layer * 2 * self.res_channels * inputs
@@ -165,8 +182,7 @@ class WaveFlowConfig:
         return 2 ** (layer % self.n_layer_per_cycle), 2**layer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """A whole experiment file."""
 
     train_config: TrainConfig
@@ -174,7 +190,8 @@ class Config:
     waveflow_config: WaveFlowConfig
     dist_config: DistConfig = DistConfig()
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
         data, model = self.data_config, self.waveflow_config
         if data.segment_length % model.n_height:
             near = round(data.segment_length / model.n_height) * model.n_height or model.n_height
@@ -197,15 +214,15 @@ class Config:
                 f"waveflow_config.cin_channels {model.cin_channels} differs from "
                 f"data_config.n_mel_channels {data.n_mel_channels}; make them equal"
             )
+        return self
 
     @property
     def run_folder(self) -> Path:
         """Where a run keeps its files."""
         return Path(self.train_config.output_directory) / self.waveflow_config.model_name
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, every key written out."""
-        return asdict(self)
+
+section_from_dict = parse_section  # until every room asks harness.settings
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -228,7 +245,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValueError as error:
         raise InputError(f"config {path}: not valid JSON ({error})") from None
     if not isinstance(sections, dict):
-        raise InputError(f"config {path}: expected an object with the sections {_names(Config)}")
+        raise InputError(f"config {path}: expected an object with the sections {', '.join(Config.model_fields)}")
     for override in overrides:
         _apply_override(sections, override)
     try:
@@ -243,45 +260,24 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{_show(twice)} is given twice; remove one of the two")
+        raise InputError(f"{show(twice)} is given twice; remove one of the two")
     return values
 
 
 def config_from_dict(sections: dict[str, Any]) -> Config:
     """A checked Config from the four sections as plain dicts; `dist_config` may be left out."""
-    hints = typing.get_type_hints(Config)
-    _reject_unknown(sections, Config, "")
+    kinds = {name: field.annotation for name, field in Config.model_fields.items()}
+    for name in sections:
+        if name not in kinds:
+            raise InputError(unknown_key(name, list(kinds)))
     for name in ("train_config", "data_config", "waveflow_config"):
         if name not in sections:
-            raise InputError(f"section {name!r} is missing; expected {_names(Config)}")
+            raise InputError(f"section {name!r} is missing; expected {', '.join(kinds)}")
     data = sections["data_config"]
     for name in ("training_files", "test_files"):
         if isinstance(data, dict) and not data.get(name):
             raise InputError(f"data_config.{name}: missing; expected the path of a list of wav files")
-    return Config(**{name: section_from_dict(hints[name], value, f"{name}.") for name, value in sections.items()})
-
-
-def section_from_dict(section: type, values: Any, prefix: str = "") -> Any:
-    """Check a dict against one of the section dataclasses and build it; `prefix` names it in errors.
-
-    The strings "True" and "False" of the published configs are accepted for booleans.
-    """
-    if isinstance(values, section):
-        return values
-    if not isinstance(values, dict):
-        raise InputError(f"{prefix.rstrip('.') or section.__name__}: expected an object, got {_show(values)}")
-    _reject_unknown(values, section, prefix)
-    hints = typing.get_type_hints(section)
-    checked = {}
-    for spec in fields(section):
-        if spec.name in values:
-            checked[spec.name] = _check_value(values[spec.name], hints[spec.name], spec.metadata, prefix + spec.name)
-        elif spec.default is MISSING:
-            raise InputError(f"{prefix}{spec.name}: missing")
-    try:
-        return section(**checked)
-    except InputError as error:
-        raise InputError(f"{prefix}{error}") from None
+    return Config(**{name: parse_section(kinds[name], value, f"{name}.") for name, value in sections.items()})
 
 
 def _apply_override(sections: dict[str, Any], override: str) -> None:
@@ -292,7 +288,7 @@ def _apply_override(sections: dict[str, Any], override: str) -> None:
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
     except InputError as error:
-        raise InputError(f"--set {_show(override)}: {error}") from None
+        raise InputError(f"--set {show(override)}: {error}") from None
     except (ValueError, RecursionError):
         value = text
     if not isinstance(sections.setdefault(section, {}), dict):
@@ -300,44 +296,18 @@ def _apply_override(sections: dict[str, Any], override: str) -> None:
     sections[section][key] = value
 
 
-def _check_value(value: Any, kind: Any, limits: types.MappingProxyType, name: str) -> Any:
-    if kind is bool and value in ("True", "False"):
-        value = value == "True"
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2**63 else math.inf
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)) or any(type(v) is not int for v in value):
-            raise InputError(f"{name}: expected a list of whole numbers, got {_show(value)}")
-        return tuple(value)
-    if type(value) is not kind:
-        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[kind]
-        raise InputError(f"{name}: expected {expected}, got {_show(value)}")
-    if kind is float and not math.isfinite(value):
-        raise InputError(f"{name}: expected a finite number, got {value}")
-    if "choices" in limits and value not in limits["choices"]:
-        raise InputError(f"{name}: expected one of {', '.join(limits['choices'])}, got {_show(value)}")
-    if "minimum" in limits and value < limits["minimum"]:
-        raise InputError(f"{name}: expected at least {limits['minimum']}, got {value}")
-    if "above" in limits and value <= limits["above"]:
-        raise InputError(f"{name}: expected a number above {limits['above']:g}, got {value}")
-    if "maximum" in limits and value > limits["maximum"]:
-        raise InputError(f"{name}: expected at most {limits['maximum']}, got {_show(value)}")
-    return value
+def reference_markdown() -> str:
+    """The reference of all keys, made from the sections themselves: docs/config.md."""
+    text = [
+        "# Config reference\n",
+        "JSON with the published keys in four sections; `--set section.key=value` overrides one. A key that is",
+        "unknown, missing or of the wrong type is refused by name. Made by `python config.py`; a test compares.",
+    ]
+    for name, field in Config.model_fields.items():
+        meaning = field.annotation.__doc__.partition(": ")[2]
+        text.append(f"\n## {name}\n\n{meaning[0].upper()}{meaning[1:]}\n\n{reference_table(field.annotation)}")
+    return "\n".join(text) + "\n"
 
 
-def _reject_unknown(values: dict[str, Any], section: type, prefix: str) -> None:
-    known = [spec.name for spec in fields(section)]
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise InputError(f"{prefix}{name}: unknown key; {hint}")
-
-
-def _names(section: type) -> str:
-    return ", ".join(spec.name for spec in fields(section))
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+if __name__ == "__main__":
+    print(reference_markdown(), end="")

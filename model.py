@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import WaveFlowConfig, section_from_dict
+from config import WaveFlowConfig
 from fast.engine import SynthesisEngine
 from fast.estimators import Execution, FastFlows
 from harness.errors import InputError
+from harness.settings import parse_section
 from modules import (
     Affine,
     Estimator,
@@ -153,7 +154,7 @@ class FlowVocoder(nn.Module):
 
 def build_model(waveflow_config: dict[str, Any] | WaveFlowConfig) -> FlowVocoder:
     """A freshly initialised vocoder from the `waveflow_config` section of an experiment file."""
-    return FlowVocoder(section_from_dict(WaveFlowConfig, waveflow_config, "waveflow_config."))
+    return FlowVocoder(parse_section(WaveFlowConfig, waveflow_config, "waveflow_config."))
 
 
 def row_orders(config: WaveFlowConfig) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -4,7 +4,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +93,9 @@ def loader_speed(config: Config, batches: int = LOADER_BATCHES, clips: int = LOA
             noise = 0.1 * random.standard_normal(round(LOADER_SECONDS * data.sampling_rate), dtype=np.float32)
             write_wav(file, torch.from_numpy(noise), data.sampling_rate)
         (Path(folder) / "list.txt").write_text("\n".join(map(str, files)))
-        config = replace(
-            config,
-            data_config=replace(data, training_files=str(Path(folder) / "list.txt")),
-            train_config=replace(train, num_workers=2),
+        config = config.replace(
+            data_config=data.replace(training_files=str(Path(folder) / "list.txt")),
+            train_config=train.replace(num_workers=2),
         )
         loader = iter(make_train_loader(config))
         for _ in range(min(batches, 20)):

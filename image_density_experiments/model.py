@@ -16,14 +16,14 @@ all K steps of a level, and tells it which step it is working for:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from config import section_from_dict
 from harness.errors import InputError
+from harness.settings import Settings, Sizes, Switch, parse_section
 from image_density_experiments.checkpoint import load_weights as load_weights
 from image_density_experiments.memory import MEMORY_MODES
 from image_density_experiments.modules import (
@@ -74,26 +74,26 @@ GATES = 6  # allocated per step; nanoflowalt uses two, and keeps six so that cou
 PERMUTATIONS = ("invconv", "shuffle", "reverse")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageModelConfig:
+class ImageModelConfig(Settings):
     """The architecture, under the names of the published flags; image_shape is (H, W, C)."""
 
-    model_type: str = field(default="nanoflow", metadata={"choices": tuple(DESIGNS)})
-    image_shape: tuple[int, ...] = (32, 32, 3)
-    hidden_channels: int = field(default=512, metadata={"minimum": 1})
-    K: int = field(default=32, metadata={"minimum": 1})
-    L: int = field(default=3, metadata={"minimum": 1})
-    actnorm_scale: float = field(default=1.0, metadata={"above": 0.0})
-    flow_permutation: str = field(default="invconv", metadata={"choices": PERMUTATIONS})
-    flow_coupling: str = field(default="affine", metadata={"choices": tuple(COUPLINGS)})
-    LU_decomposed: bool = True
-    flow_embed_dim: int = field(default=1, metadata={"minimum": 1})
-    learn_top: bool = True
-    y_condition: bool = False
-    y_classes: int = field(default=10, metadata={"minimum": 1})
-    n_bits: int = field(default=8, metadata={"minimum": 1})
+    model_type: Literal[*DESIGNS] = "nanoflow"
+    image_shape: Sizes = (32, 32, 3)
+    hidden_channels: int = Field(512, ge=1)
+    K: int = Field(32, ge=1)
+    L: int = Field(3, ge=1)
+    actnorm_scale: float = Field(1.0, gt=0)
+    flow_permutation: Literal[*PERMUTATIONS] = "invconv"
+    flow_coupling: Literal[*COUPLINGS] = "affine"
+    LU_decomposed: Switch = True
+    flow_embed_dim: int = Field(1, ge=1)
+    learn_top: Switch = True
+    y_condition: Switch = False
+    y_classes: int = Field(10, ge=1)
+    n_bits: int = Field(8, ge=1, le=8)
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
         if len(self.image_shape) != 3 or min(self.image_shape) < 1:
             raise InputError(f"image_shape {list(self.image_shape)}: expected (height, width, channels)")
         height, width, _ = self.image_shape
@@ -103,8 +103,7 @@ class ImageModelConfig:
                 f"images of {height}x{width} cannot be halved {self.L} times; expected height and width to be "
                 f"multiples of 2^L = {block}, or a smaller L"
             )
-        if self.n_bits > 8:
-            raise InputError(f"n_bits {self.n_bits}: expected at most 8")
+        return self
 
     @property
     def design(self) -> Design:
@@ -281,7 +280,7 @@ class ImageFlow(nn.Module):
 
 def build_model(**options: Any) -> ImageFlow:
     """A freshly initialised model; the options are the fields of ImageModelConfig. Raises InputError."""
-    return ImageFlow(section_from_dict(ImageModelConfig, options))
+    return ImageFlow(parse_section(ImageModelConfig, options))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 from checkpoint import list_checkpoints, read_torch_file
-from config import section_from_dict
 from harness.devices import choose_device
 from harness.errors import InputError
 from harness.folder import clear, locked_run, record_start, require_empty, require_only
@@ -41,6 +40,7 @@ from harness.processes import (
     report_error,
     world_size,
 )
+from harness.settings import parse_section
 from harness.stopping import StopRequest, exit_status
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import to_pixels
@@ -84,7 +84,7 @@ def train(options: argparse.Namespace, device: torch.device) -> int:
         _warn_of_changes(start, how)
         trainer = Trainer(model, data, how, folder, start)
         last = min(how.epochs * trainer.batches_per_epoch, options.max_iterations or sys.maxsize)
-        record = {**asdict(model.config), **asdict(how), "dataset": options.dataset}
+        record = {**model.config.to_dict(), **asdict(how), "dataset": options.dataset}
         on_main(lambda: record_start(folder, record, processes=world_size()))
         print(
             f"{model.config.model_type}: {count_parameters(model):,} parameters, {options.dataset}: "
@@ -201,7 +201,7 @@ def _make_model(
         if name in saved and saved[name] != value:
             raise InputError(f"--{name} {value}: the checkpoint's model has {saved[name]!r}; leave the flag out")
     from_data = {"image_shape": data.image_shape, "y_classes": data.n_classes or 10}
-    config = section_from_dict(ImageModelConfig, {**from_data, **given, **saved})
+    config = parse_section(ImageModelConfig, {**from_data, **given, **saved})
     if config.image_shape != data.image_shape:
         raise InputError(f"the model takes images of {config.image_shape}, {options.dataset} has {data.image_shape}")
     if config.y_condition and config.y_classes != data.n_classes:
@@ -236,7 +236,7 @@ def _images(options: argparse.Namespace) -> ImageData:
 
 
 def _model_flags() -> list[str]:
-    return [field.name for field in fields(ImageModelConfig) if field.name not in ("image_shape", "y_classes")]
+    return [name for name in ImageModelConfig.model_fields if name not in ("image_shape", "y_classes")]
 
 
 def _train_options(options: argparse.Namespace) -> TrainOptions:

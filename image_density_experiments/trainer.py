@@ -168,7 +168,7 @@ class Trainer:
             self.model,
             iteration=self.iteration,
             optimizer=self.optimizer.state_dict(),
-            config=asdict(self.model.config),
+            config=self.model.config.to_dict(),
             options=asdict(self.options),
             training_state={"epoch_bits": self.epoch_bits, **root_checkpoint.random_state(self.device)},
         )

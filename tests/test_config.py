@@ -1,13 +1,24 @@
 import json
-from dataclasses import asdict
+import time
 from pathlib import Path
 
 import pytest
 
-from config import Config, TrainConfig, WaveFlowConfig, config_from_dict, load_config, section_from_dict
+from config import (
+    Config,
+    DataConfig,
+    DistConfig,
+    TrainConfig,
+    WaveFlowConfig,
+    config_from_dict,
+    load_config,
+    reference_markdown,
+)
 from harness.errors import InputError
+from harness.settings import parse_section
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 
 
 def sections(**changes):
@@ -37,7 +48,7 @@ PUBLISHED = ("waveflow-h16-r64", "waveflow-h16-r128", "nanoflow-h16-r128-emb512"
 def test_published_configs_have_the_published_values(name):
     config = load_config(CONFIGS[0].with_name(f"{name}.json"))
     assert config.train_config == TrainConfig()  # the defaults are the published values
-    assert asdict(config.train_config) == asdict(TrainConfig()) | {
+    assert config.train_config.to_dict() == TrainConfig().to_dict() | {
         "epochs": 100_000, "learning_rate": 1e-3, "lr_decay_step": 200_000, "lr_decay_gamma": 0.5, "sigma": 1.0,
         "iters_per_checkpoint": 5_000, "batch_size": 8, "seed": 1234, "output_directory": "experiments",
     }  # fmt: skip
@@ -62,7 +73,7 @@ def test_overrides_take_json_and_text(tmp_path):
 
 
 def test_published_boolean_strings_are_accepted():
-    model = section_from_dict(WaveFlowConfig, {"res_channels": 8, "coupling_type": "waveflow", "bipartize": "True"})
+    model = parse_section(WaveFlowConfig, {"res_channels": 8, "coupling_type": "waveflow", "bipartize": "True"})
     assert model.bipartize is True
 
 
@@ -140,3 +151,35 @@ def test_a_key_given_twice_is_refused(tmp_path):
     path.write_text(text)
     with pytest.raises(InputError, match="'seed' is given twice"):
         load_config(path, ['train_config.x={"seed": 1, "seed": 2}'])
+
+
+def test_the_reference_is_up_to_date():
+    assert (ROOT / "docs" / "config.md").read_text() == reference_markdown()  # python config.py > docs/config.md
+
+
+def test_every_key_is_described():
+    for section in (TrainConfig, DataConfig, WaveFlowConfig, DistConfig):
+        for name, field in section.model_fields.items():
+            assert field.description, name
+
+
+def test_a_changed_section_is_checked_again():
+    assert DataConfig().replace(segment_length=512) == DataConfig(segment_length=512)
+    with pytest.raises(InputError, match="filter_length 1023 is odd"):
+        DataConfig().replace(filter_length=1023)
+    with pytest.raises(InputError, match="segment_length: expected at least 1, got 0"):
+        DataConfig(segment_length=0)
+    with pytest.raises(ValueError, match="frozen"):
+        DataConfig().segment_length = 512
+
+
+@pytest.mark.parametrize(
+    "values", [{f"key{i}": 1 for i in range(80_000)}, {"k" * 10**6: 1}, {"upsample_strides": ["a"] * 250_000},
+               {"upsample_strides": [1] * 400_000}, {"model_name": "/" * 10**6}]
+)  # fmt: skip
+def test_a_config_of_a_megabyte_is_refused_in_a_moment_and_in_one_line(values):
+    began = time.monotonic()
+    with pytest.raises(InputError) as error:
+        config_from_dict(sections() | {"waveflow_config": {"res_channels": 8, "coupling_type": "waveflow", **values}})
+    assert time.monotonic() - began < 1
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)

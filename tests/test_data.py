@@ -1,6 +1,5 @@
 """data.py: file lists, crops and whole clips, the loader, the command line."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -98,7 +97,7 @@ def test_output_names_are_plain_unique_and_in_order():
 @pytest.mark.parametrize("mel_source", ["crop", "clip"])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_a_crop_is_a_stretch_of_its_clip_or_the_clip_and_zeros(clips, mel_source, rescale):
-    dataset = CropDataset(clips, dataclasses.replace(SMALL, mel_source=mel_source, rescale=rescale), seed=3)
+    dataset = CropDataset(clips, SMALL.replace(mel_source=mel_source, rescale=rescale), seed=3)
     for index, path in enumerate(clips):
         clip = read_wav(path, RATE)
         if rescale:
@@ -118,7 +117,7 @@ def test_the_mel_of_a_crop_is_taken_from_the_crop(clips):
 
 @pytest.mark.parametrize("form", [{}, {"segment_length": 2_000}, {"filter_length": 900, "win_length": 900}])
 def test_mel_source_clip_gives_the_frames_of_the_whole_clips_mel(clips, form):
-    config = dataclasses.replace(SMALL, mel_source="clip", **form)
+    config = SMALL.replace(mel_source="clip", **form)
     dataset = CropDataset(clips, config, seed=0)
     clip = read_wav(clips[4], RATE)
     whole_mel = MelSpectrogram(config)(clip)
@@ -159,7 +158,7 @@ def test_the_first_bad_file_of_a_list_is_named_at_once(clips, tmp_path):
 
 def test_a_segment_shorter_than_half_a_filter_is_refused(clips):
     with pytest.raises(InputError, match=r"segment_length 512 is too short .* at least 513"):
-        CropDataset(clips, dataclasses.replace(SMALL, segment_length=512), 0)
+        CropDataset(clips, SMALL.replace(segment_length=512), 0)
 
 
 def test_rescale_reads_a_clip_whole_once_only(clips, monkeypatch):
@@ -170,7 +169,7 @@ def test_rescale_reads_a_clip_whole_once_only(clips, monkeypatch):
         return read_wav(path, rate, start, length)
 
     monkeypatch.setattr(data, "read_wav", counting)
-    dataset = CropDataset(clips, dataclasses.replace(SMALL, rescale=True), seed=0)
+    dataset = CropDataset(clips, SMALL.replace(rescale=True), seed=0)
     for epoch in range(5):
         dataset[epoch, 0]
     assert lengths.count(None) == 1 and lengths.count(2_048) == 5
@@ -206,7 +205,7 @@ def test_rescaled_clips_peak_just_below_full_scale_whatever_is_cut(tmp_path):
     sound = noise(5_000)
     sound[4_900] = 0.9  # the peak lies where neither cut keeps it
     write_wav(tmp_path / "a.wav", sound, RATE)
-    config = dataclasses.replace(SMALL, rescale=True)
+    config = SMALL.replace(rescale=True)
     for max_length in (None, 1_000):
         _, audio, _ = ClipDataset([str(tmp_path / "a.wav")], config, max_length)[0]
         torch.testing.assert_close(audio, sound[: len(audio)] / 0.9 * 0.999, atol=1e-4, rtol=0)
@@ -321,6 +320,6 @@ def test_only_the_start_of_a_clip_is_read_where_no_more_is_needed(tmp_path, monk
     whole = read_wav(path, RATE)
     read = []
     monkeypatch.setattr(data, "read_wav", lambda *args, **kwargs: read.append(read_wav(*args, **kwargs)) or read[-1])
-    _, audio, _ = ClipDataset([path], dataclasses.replace(SMALL, rescale=rescaled), max_length=4096)[0]
+    _, audio, _ = ClipDataset([path], SMALL.replace(rescale=rescaled), max_length=4096)[0]
     torch.testing.assert_close(audio, (whole * 0.999 / whole.abs().max() if rescaled else whole)[:4096])
     assert [len(samples) for samples in read] == [30_000 if rescaled else 4096]  # the peak is the whole clip's

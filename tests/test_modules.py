@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from config import WaveFlowConfig, section_from_dict
+from config import WaveFlowConfig
 from harness.errors import InputError
+from harness.settings import parse_section
 from modules import (
     Affine,
     Estimator,
@@ -23,7 +24,7 @@ from tests.support.vocoders import small_config
 
 
 def config(**changes):
-    return section_from_dict(WaveFlowConfig, small_config(**changes))
+    return parse_section(WaveFlowConfig, small_config(**changes))
 
 
 def test_squeeze_fills_column_by_column():

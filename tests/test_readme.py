@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -69,8 +68,8 @@ def test_every_make_target_exists():
 
 def test_every_config_key_is_described():
     for section in (TrainConfig, DataConfig, WaveFlowConfig, DistConfig):
-        for key in fields(section):
-            assert f"`{key.name}`" in README, key.name
+        for key in section.model_fields:
+            assert f"`{key}`" in README, key
 
 
 def test_every_flag_is_described(capsys):

@@ -146,7 +146,7 @@ def test_latents_of_another_shape_and_no_images_are_refused():
         ({"flow_coupling": "cubic"}, "flow_coupling: expected one of affine, additive, spline"),
         ({"flow_permutation": "swap"}, "flow_permutation: expected one of invconv, shuffle, reverse"),
         ({"K": 0}, "K: expected at least 1"),
-        ({"n_bits": 9}, "n_bits 9: expected at most 8"),
+        ({"n_bits": 9}, "n_bits: expected at most 8, got 9"),
         ({"k": 3}, "k: unknown key"),
     ],
 )

@@ -1,7 +1,6 @@
 """The subproject's README states commands that parse, and parameter counts that are so."""
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,7 @@ def test_the_table_has_all_rows():
 def test_the_command_of_a_row_builds_a_model_of_its_size(name, count, flags):
     options = vars(parse_arguments([*HEADER, *flags.split()]))
     assert (options["dataset"], options["epochs"], options["seed"]) == ("cifar10", 3000, 1234)
-    given = {
-        field.name: options[field.name] for field in fields(ImageModelConfig) if options.get(field.name) is not None
-    }
+    given = {name: options[name] for name in ImageModelConfig.model_fields if options.get(name) is not None}
     with torch.device("meta"):
         assert count_parameters(build_model(**given)) == int(count.replace(",", ""))
 
