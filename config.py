@@ -222,9 +222,6 @@ class Config(Settings):
         return Path(self.train_config.output_directory) / self.waveflow_config.model_name
 
 
-section_from_dict = parse_section  # until every room asks harness.settings
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read an experiment file, apply `section.key=value` overrides (value in JSON, else text).
 
