@@ -1,12 +1,11 @@
-"""What a run writes for people: the training log, TensorBoard, pictures of mel spectrograms."""
+"""What a run writes for people: tables as CSV, and TensorBoard, both over the iteration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from evaluation import Likelihood, mel_figure
 from harness import terminal
 from harness.files import Appended, written_whole
 
@@ -16,27 +15,28 @@ if TYPE_CHECKING:
 
 
 class RunLog:
-    """The per-step table `losses.csv` and TensorBoard scalars, audio and pictures, all over the iteration.
+    """A table with a row per step or epoch, and TensorBoard scalars, audio and pictures, all over the iteration.
 
-    A run that resumes at iteration n drops what an interrupted one wrote beyond n.
+    columns: of the table, the iteration first. A run that resumes at iteration `start` drops what an interrupted one
+    wrote beyond it.
     """
 
-    FILE = "losses.csv"
-    COLUMNS = ("iteration", "loss", "prior", "log_det", "grad_norm", "learning_rate")
-
-    def __init__(self, folder: Path, start: int, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, start: int, columns: Sequence[str], tensorboard: bool = False, file: str = "losses.csv"
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._table = self._open_table(folder / self.FILE, start)
+        self.columns = columns
+        self._table = self._open_table(folder / file, start)
         self._disk_refuses = False
         self._writer, self._tensorboard = None, folder / "tensorboard" if tensorboard else None
         self._open_writer(start + 1)
 
     def _open_table(self, path: Path, start: int) -> Appended:
-        rows = [",".join(self.COLUMNS)]
+        rows = [",".join(self.columns)]
         if start and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 iteration, *values = line.split(",")
-                if len(values) + 1 == len(self.COLUMNS) and iteration.isdecimal() and int(iteration) <= start:
+                if len(values) + 1 == len(self.columns) and iteration.isdecimal() and int(iteration) <= start:
                     rows.append(line)
         with written_whole(path) as temporary:
             temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
@@ -53,7 +53,7 @@ class RunLog:
             self._refused(error)
 
     def steps(self, rows: Sequence[Sequence[float]]) -> None:
-        """Rows of COLUMNS, one per training step; TensorBoard gets the last.
+        """Append rows of the columns; TensorBoard gets the last.
 
         On a full disk the rows wait for space, and TensorBoard does without.
         """
@@ -68,7 +68,7 @@ class RunLog:
         if self._writer is None:
             self._open_writer()
         iteration, *values = rows[-1]
-        for name, value in zip(self.COLUMNS[1:], values, strict=True):
+        for name, value in zip(self.columns[1:], values, strict=True):
             self.scalar(f"train/{name}", value, int(iteration))
 
     def _refused(self, error: OSError) -> None:
@@ -89,21 +89,18 @@ class RunLog:
         """A TensorBoard scalar."""
         self._to_tensorboard(lambda writer: writer.add_scalar(name, value, iteration))
 
-    def likelihood(self, result: Likelihood, iteration: int) -> None:
-        """The test log-likelihood and its terms."""
-        for name in ("mean", "weighted", "prior", "log_det"):
-            self.scalar(f"test/log_likelihood_{name}", getattr(result, name), iteration)
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        """TensorBoard scalars by name."""
+        for name, value in values.items():
+            self.scalar(name, value, iteration)
 
-    def sample(self, audio: Tensor, sampling_rate: int, mels: dict[str, Tensor], iteration: int) -> None:
-        """A synthesized sample [T] and pictures of mels [80, F] by name."""
-        if self._writer is None:
-            return
-        self._to_tensorboard(lambda writer: writer.add_audio("sample", audio.clamp(-1, 1), iteration, sampling_rate))
-        for name, mel in mels.items():
-            self._picture(f"mel/{name}", mel_figure({name: mel}), iteration)
+    def audio(self, name: str, audio: Tensor, sampling_rate: int, iteration: int) -> None:
+        """A sound [T] for TensorBoard, clipped to [-1, 1]."""
+        self._to_tensorboard(lambda writer: writer.add_audio(name, audio.clamp(-1, 1), iteration, sampling_rate))
 
-    def _picture(self, name: str, figure: "Figure", iteration: int) -> None:
-        self._to_tensorboard(lambda writer: writer.add_figure(name, figure, iteration))
+    def figure(self, name: str, draw: Callable[[], "Figure"], iteration: int) -> None:
+        """A picture for TensorBoard; drawn only where there is one."""
+        self._to_tensorboard(lambda writer: writer.add_figure(name, draw(), iteration))
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -112,9 +109,9 @@ class RunLog:
 
 
 class NoLog:
-    """Takes what a RunLog takes and writes nothing: the log of all processes but the main one."""
+    """Log of all processes but the main one: takes what a RunLog takes and writes nothing."""
 
     def steps(self, *_: Any) -> None:
         """Nothing, as all of them."""
 
-    scalar = likelihood = sample = close = steps
+    scalar = scalars = audio = figure = close = steps

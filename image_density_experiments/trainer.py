@@ -27,6 +27,9 @@ from image_density_experiments.figures import save_image_rows
 from image_density_experiments.model import ImageFlow
 
 KEPT_CHECKPOINTS = 10
+STEP_COLUMNS = ("iteration", "epoch", "bits_per_dim", "class_loss", "grad_norm", "learning_rate")  # of losses.csv
+# Of epochs.csv: bits per dimension on train (running mean) and test.
+EPOCH_COLUMNS = ("iteration", "epoch", "train_bits_per_dim", "test_bits_per_dim", "images_per_second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +51,6 @@ class TrainOptions:
     augmented: bool
     amp: bool
     sample_every: int  # epochs
-
-
-class StepLog(RunLog):
-    """`losses.csv`: one row per step."""
-
-    COLUMNS = ("iteration", "epoch", "bits_per_dim", "class_loss", "grad_norm", "learning_rate")
-
-
-class EpochLog(RunLog):
-    """`epochs.csv`: one row per epoch, bits per dimension on train (running mean) and test."""
-
-    FILE = "epochs.csv"
-    COLUMNS = ("iteration", "epoch", "train_bits_per_dim", "test_bits_per_dim", "images_per_second")
 
 
 class Trainer:
@@ -178,8 +168,8 @@ class Trainer:
 
 def train_until(last: int, trainer: Trainer, temperatures: list[float], stop: StopRequest) -> None:
     """Train to iteration `last` or to a stop; evaluates, samples and saves at the end of every epoch."""
-    steps = StepLog(trainer.folder, trainer.iteration, tensorboard=True) if is_main() else NoLog()
-    epochs = EpochLog(trainer.folder, trainer.iteration, tensorboard=False) if is_main() else NoLog()
+    steps = RunLog(trainer.folder, trainer.iteration, STEP_COLUMNS, tensorboard=True) if is_main() else NoLog()
+    epochs = RunLog(trainer.folder, trainer.iteration, EPOCH_COLUMNS, file="epochs.csv") if is_main() else NoLog()
     hidden = None if is_main() else True  # None: where there is no terminal
     bar = tqdm(total=last, initial=trainer.iteration, unit="step", dynamic_ncols=True, disable=hidden)
     try:
@@ -196,8 +186,8 @@ def _loop(
     trainer: Trainer,
     temperatures: list[float],
     stop: StopRequest,
-    steps: StepLog | NoLog,
-    epochs: EpochLog | NoLog,
+    steps: RunLog | NoLog,
+    epochs: RunLog | NoLog,
     bar: tqdm,
 ) -> None:
     began, first = time.perf_counter(), trainer.iteration
@@ -222,8 +212,8 @@ def _end_epoch(
     trainer: Trainer,
     temperatures: list[float],
     stop: StopRequest,
-    steps: StepLog | NoLog,
-    epochs: EpochLog | NoLog,
+    steps: RunLog | NoLog,
+    epochs: RunLog | NoLog,
     speed: float,
     sampled: bool,
 ) -> None:

@@ -1,5 +1,6 @@
 """A vocoder's training run: what it logs, shows and measures besides the steps of harness/loop.py."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -7,13 +8,15 @@ import torch
 from audio import write_wav
 from config import REMEDIES
 from data import ClipDataset, load_synthesis_entry
-from evaluation import ClipLikelihood, clip_likelihoods, summarise
+from evaluation import ClipLikelihood, clip_likelihoods, mel_figure, summarise
 from harness import terminal
 from harness.log import NoLog, RunLog
 from harness.loop import Loop, Step
 from harness.processes import gather, is_main
 from harness.stopping import StopRequest
 from training.trainer import Trainer
+
+COLUMNS = ("iteration", "loss", "prior", "log_det", "grad_norm", "learning_rate")  # of losses.csv
 
 
 def train_until(last: int, trainer: Trainer, test_clips: ClipDataset, stop: StopRequest) -> bool:
@@ -32,7 +35,7 @@ class VocoderLoop(Loop):
 
     def __init__(self, last: int, trainer: Trainer, test_clips: ClipDataset, stop: StopRequest) -> None:
         train = trainer.config.train_config
-        log = RunLog(trainer.folder, trainer.iteration, train.with_tensorboard) if is_main() else NoLog()
+        log = RunLog(trainer.folder, trainer.iteration, COLUMNS, train.with_tensorboard) if is_main() else NoLog()
         super().__init__(trainer, last, train.iters_per_checkpoint, log, stop)
         self.test_clips = test_clips
         self.samples_per_step = train.batch_size * trainer.config.data_config.segment_length
@@ -85,7 +88,9 @@ class VocoderLoop(Loop):
         if clips is None:
             return
         result = summarise(clips)
-        self.log.likelihood(result, trainer.iteration)
+        terms = ("mean", "weighted", "prior", "log_det")
+        values = {f"test/log_likelihood_{name}": getattr(result, name) for name in terms}
+        self.log.scalars(values, trainer.iteration)
         seconds = config.data_config.segment_length / config.data_config.sampling_rate
         terminal.say(f"iteration {trainer.iteration}, first {seconds:.2f} s of each test clip: {result}")
 
@@ -108,4 +113,7 @@ class VocoderLoop(Loop):
             return
         write_wav(trainer.folder / "samples" / f"waveflow_{trainer.iteration}.wav", audio, data.sampling_rate)
         mels = {"recording": mel, "synthesis": self.test_clips.mel(audio.clamp(-1, 1))}
-        self.log.sample(audio, data.sampling_rate, mels, trainer.iteration)
+        self.log.audio("sample", audio, data.sampling_rate, trainer.iteration)
+        for name, picture in mels.items():
+            draw = functools.partial(mel_figure, {name: picture})
+            self.log.figure(f"mel/{name}", draw, trainer.iteration)
