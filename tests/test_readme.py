@@ -3,9 +3,11 @@
 import importlib
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ import image_density_experiments.train as image_train
 import train
 from config import DataConfig, DistConfig, TrainConfig, WaveFlowConfig, load_config
 from model import build_model, count_parameters
+from tests.support.experiments import write_config
 from tests.test_house import FILES, PACKAGES, area, imported, name_of
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +54,7 @@ def commands() -> list[list[str]]:
 def test_every_file_named_exists(page):
     for folder, name in named(TEXTS[page]):
         if re.fullmatch(r"[\w/]+\.py", name):
-            assert (ROOT / name).is_file() or folder and (ROOT / folder / name).is_file(), name
+            assert any((ROOT / place / name).is_file() for place in ("", folder)), name
     for name in re.findall(r"configs/([\w-]+\.json)", TEXTS[page]):
         assert (ROOT / "configs" / name).is_file(), name
 
@@ -132,16 +135,28 @@ def test_parameter_counts_in_the_table_are_those_of_the_models(name, training, s
     assert not millions or f"{count_parameters(model, synthesis=True) / 1e6:.3f}" == millions
 
 
-def test_the_python_example_runs(monkeypatch):
-    [code] = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def test_the_python_examples_run(monkeypatch, tmp_path):
+    of_users, of_the_model = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(ROOT)
-    small = code.replace("model = build_model(config)", "model = build_model({**config, 'res_channels': 4})")
-    assert small != code
+    small = of_the_model.replace("model = build_model(config)", "model = build_model({**config, 'res_channels': 4})")
+    assert small != of_the_model
     names = {}
-    exec(small, names)  # the example is this project's own
+    exec(small, names)  # the examples are this project's own
     assert names["z"].shape == (2, 1, 16, 16128 // 16)
     assert names["audio"].shape == (2, 256 * 63)
     assert names["loss"].isfinite()
+
+    run = tmp_path / "experiments" / "nanoflow-h16-r128-emb512"  # one of a small published file
+    run.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "golden" / "checkpoints_nanoflow" / "waveflow_60", run)
+    sizes = {"res_channels": 8, "n_height": 16, "n_flow": 4, "size_flow_embed": 16}
+    changes = {f"waveflow_config__{key}": value for key, value in sizes.items()}
+    write_config(run / "config.json", corpus=tmp_path, output=tmp_path, **changes)
+    monkeypatch.chdir(tmp_path)
+    names = {"recording": np.sin(np.arange(44100) / 50)}
+    exec(of_users, names)
+    assert names["mel"].shape == (80, 22050 // 256 + 1)
+    assert names["speech"].shape == (22050 // 256 * 256,)
 
 
 # --- commands, flags, keys --------------------------------------------------------------------------------
