@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
 from image_density_experiments.checkpoint import REMEDIES
-from image_density_experiments.datasets import ImageData, Split
+from image_density_experiments.splits import ImageData, Split
 
 MAX_SHIFT = 0.1  # of the image's side
 _AUGMENT = 2  # a purpose of random numbers; 0 is the order of batches

@@ -44,7 +44,7 @@ from harness.settings import parse_section
 from harness.stopping import StopRequest, exit_status
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import to_pixels
-from image_density_experiments.datasets import DATASETS, ImageData, load_images
+from image_density_experiments.datasets import ALL, ImageData, load_images
 from image_density_experiments.evaluation import auroc, bits_per_dim, interpolate, reconstruct, write_bits
 from image_density_experiments.figures import save_histogram, save_image_rows
 from image_density_experiments.model import (
@@ -314,7 +314,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--dataset", default="patches", metavar="NAME", help=f"{', '.join(DATASETS)} (default patches, embedded)")
+    add("--dataset", default="patches", metavar="NAME", help=f"{', '.join(ALL)} (default patches, embedded)")
     add("--dataroot", default=FOLDER / "datasets", help="folder of the dataset's files, or the file itself")
     add("--download", action="store_true", help="fetch the dataset if it is not there")
     add("--no_augment", action="store_true", help="train on the images as they are")

@@ -144,8 +144,8 @@ def test_a_class_conditional_model_trains_goes_on_evaluates_and_samples(tmp_path
 def test_an_image_damaged_behind_its_header_stops_the_run_by_name(tmp_path, capsys, n_workers):
     folder = tmp_path / "images"
     folder.mkdir()
-    for name in "abcdef":
-        imsave(folder / f"{name}.png", np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    for seed, name in enumerate("abcdef"):
+        imsave(folder / f"{name}.png", np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:150])
     assert run(folder, tmp_path / "run", "--max_iterations", 4, "--n_workers", n_workers) == 1
     error = capsys.readouterr().err
