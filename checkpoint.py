@@ -53,6 +53,7 @@ _PUBLISHED_PARTS = {
 # Where each variant keeps its estimators and what each flow owns; {} is the flow.
 _PUBLISHED_PLACES = {
     "waveflow": ("flows.{}.coupling.net.", "flows.{}.coupling."),
+    "waveflow_official": ("flows.{}.coupling.net.", "flows.{}.coupling."),
     "nanoflow_naive": ("flow.coupling.net.", "flow.coupling."),
     "nanoflow_decomp": ("estimator.net.", "flows.{}."),
     "nanoflow": ("estimator.net.", "flows.{}."),

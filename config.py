@@ -26,7 +26,7 @@ REMEDIES = Remedies(
     worker_died="the checkpoints are intact: go on with --resume latest, with fewer workers (train_config.num_workers) "
     "if it happens again",
 )  # of train.py; here, below every room that gives advice
-CouplingType = Literal["waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
+CouplingType = Literal["waveflow", "waveflow_official", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
 
 
 def _plain(default: Any, description: str) -> Any:
@@ -150,6 +150,11 @@ class WaveFlowConfig(Settings):
     def _relations(self) -> Self:
         if self.coupling_type == "nanoflow" and self.size_flow_embed < 1:
             raise InputError('size_flow_embed: coupling_type "nanoflow" needs an embedding size of at least 1')
+        if self.couples_first and (self.n_height < 2 or self.transform != "affine"):
+            raise InputError(
+                f'coupling_type "waveflow_official": expected n_height of at least 2 and the affine transform, got '
+                f"{self.n_height} and {self.transform!r}"
+            )
         if self.bipartize and self.n_height % 2:
             raise InputError(f"n_height {self.n_height} is odd; bipartize reverses its two halves, so it must be even")
         if not self.upsample_strides or any(s < 2 or s % 2 or s > 2**12 for s in self.upsample_strides):
@@ -173,9 +178,14 @@ class WaveFlowConfig(Settings):
     @property
     def weights_at_least(self) -> int:
         """Weights of the estimators' layers, which are most of them."""
-        n_estimators = self.n_flow if self.coupling_type == "waveflow" else 1
+        n_estimators = 1 if self.coupling_type.startswith("nanoflow") else self.n_flow
         inputs = 10 * self.res_channels + self.cin_channels + self.size_flow_embed  # 3x3, 1x1, and the conditioning
         return n_estimators * self.n_layer * 2 * self.res_channels * inputs
+
+    @property
+    def couples_first(self) -> bool:
+        """Order of a flow's two halves: the released WaveFlow couples, then permutes; it scales nothing in between."""
+        return self.coupling_type == "waveflow_official"
 
     def dilations(self, layer: int) -> tuple[int, int]:
         """(dilation_h, dilation_w) of an estimator layer."""

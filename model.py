@@ -3,11 +3,12 @@
 WaveFlow (Ping et al., ICML 2020) gives each flow its own estimator; NanoFlow (Lee et al., NeurIPS 2020) gives
 one estimator to all of them, and tells it which flow it is working for:
 
-    coupling_type     estimator   projection   flow embedding and gates
-    waveflow          per flow    per flow
-    nanoflow_naive    shared      shared
-    nanoflow_decomp   shared      per flow
-    nanoflow          shared      per flow     yes
+    coupling_type       estimator   projection   flow embedding and gates
+    waveflow            per flow    per flow
+    waveflow_official   per flow    per flow     (as released: its flows couple before they permute)
+    nanoflow_naive      shared      shared
+    nanoflow_decomp     shared      per flow
+    nanoflow            shared      per flow     yes
 """
 
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from modules import (
     Estimator,
     Flow,
     FlowEmbedding,
+    ReleasedFlow,
     Spline,
     Upsampler,
     WeightNorm,
@@ -44,6 +46,7 @@ class Sharing(NamedTuple):
 
 SHARING = {
     "waveflow": Sharing(estimator=False, projection=False, embedding=False),
+    "waveflow_official": Sharing(estimator=False, projection=False, embedding=False),
     "nanoflow_naive": Sharing(estimator=True, projection=True, embedding=False),
     "nanoflow_decomp": Sharing(estimator=True, projection=False, embedding=False),
     "nanoflow": Sharing(estimator=True, projection=False, embedding=True),
@@ -82,9 +85,9 @@ class FlowVocoder(nn.Module):
             )
         x, conditioning = squeeze(audio.unsqueeze(1), self.config.n_height), self.condition(mel, audio.size(1))
         log_det, flows = x.new_zeros(len(x)), self.flows()
-        step = Flow.forward if self.execution.plain else FastFlows(flows, self.execution)
+        fast = None if self.execution.plain else FastFlows(flows, self.execution)
         for flow in flows:
-            x, flow_log_det = step(flow, x, conditioning)
+            x, flow_log_det = fast(flow, x, conditioning) if fast else flow.forward(x, conditioning)
             log_det = log_det + flow_log_det
         return x, log_det
 
@@ -108,8 +111,9 @@ class FlowVocoder(nn.Module):
     def flows(self) -> list[Flow]:
         """The flows in the order of the likelihood, with what the variant lets them share."""
         table = None if self.flow_embedding is None else self.flow_embedding.table()  # [n_flow, E]
+        kind = ReleasedFlow if self.config.couples_first else Flow
         return [
-            Flow(
+            kind(
                 index=index,
                 permutation=permutation,
                 order=order,
@@ -158,7 +162,7 @@ def build_model(waveflow_config: dict[str, Any] | WaveFlowConfig) -> FlowVocoder
 
 
 def row_orders(config: WaveFlowConfig) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """For each flow its row permutation, and the row order that the conditioning has once permuted.
+    """For each flow its row permutation, and the row order of the conditioning that its estimator sees.
 
     The permutations of the conditioning add up from flow to flow; tracking the order makes odd n_flow and any
     bipartite split right in both directions.
@@ -168,8 +172,8 @@ def row_orders(config: WaveFlowConfig) -> list[tuple[tuple[int, ...], tuple[int,
     for index in range(config.n_flow):
         halves = config.bipartize and index >= config.n_flow / 2
         permutation = tuple(row_permutation(config.n_height, halves))
-        order = tuple(order[row] for row in permutation)
-        steps.append((permutation, order))
+        before, order = order, tuple(order[row] for row in permutation)
+        steps.append((permutation, before if config.couples_first else order))
     return steps
 
 

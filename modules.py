@@ -145,6 +145,7 @@ class EstimatorLayer(nn.Module):
         super().__init__()
         n_res, n_embed = config.res_channels, config.size_flow_embed if config.coupling_type == "nanoflow" else 0
         self.dilation = config.dilations(layer)  # (height, width)
+        self.residual_scale = 1.0 if config.couples_first else SQRT_HALF
         self.gate_conv = Conv(n_res, 2 * n_res, kernel=3, dilation=self.dilation)
         self.cond_conv = Conv(config.cin_channels, 2 * n_res)
         self.embed_conv = Conv(n_embed, 2 * n_res) if n_embed else None
@@ -166,7 +167,7 @@ class EstimatorLayer(nn.Module):
         filters, gates = both.chunk(2, dim=1)
         residual, skip = self.res_skip_conv(torch.tanh(filters) * torch.sigmoid(gates)).chunk(2, dim=1)
         if gate is None:
-            return (hidden + residual) * SQRT_HALF, skip
+            return (hidden + residual) * self.residual_scale, skip
         return hidden + residual * gate.view(-1, 1, 1), skip
 
 
@@ -214,19 +215,24 @@ class FlowEmbedding(nn.Module):
 
 
 class Affine(nn.Module):
-    """z = x exp(log_s) + t, with log_s and t from a 1x1 convolution times exp(3 scale) (WaveFlow, eq. 6)."""
+    """z = x exp(log_s) + t, with log_s and t from a 1x1 convolution times exp(3 scale) (WaveFlow, eq. 6).
+
+    The released WaveFlow has no scale, and starts from zeros.
+    """
 
     n_params = 2
 
     def __init__(self, config: WaveFlowConfig) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.zeros(1, 2, 1, 1))
+        self.scale = None if config.couples_first else nn.Parameter(torch.zeros(1, 2, 1, 1))
         self.conv = nn.Conv2d(config.res_channels, 2, 1)
         for parameter in self.conv.parameters():
-            nn.init.uniform_(parameter, -1e-3, 1e-3)
+            nn.init.zeros_(parameter) if self.scale is None else nn.init.uniform_(parameter, -1e-3, 1e-3)
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Weight [2, R, 1, 1] and bias [2] of the projection, the learned scale multiplied in."""
+        if self.scale is None:
+            return self.conv.weight, self.conv.bias
         factor = torch.exp(3 * self.scale).view(2)
         return self.conv.weight * factor.view(2, 1, 1, 1), self.conv.bias * factor
 
@@ -298,6 +304,8 @@ class Flow:
     embedding: Tensor | None  # [E]
     gates: Tensor | None  # [L, R]
 
+    couples_first = False
+
     def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         """Data to noise: x [B, 1, h, W], conditioning [B, M, h, W] -> z [B, 1, h, W], log|det| [B]."""
         x = permute_rows(x, self.permutation)
@@ -315,6 +323,32 @@ class Flow:
             params = self.transform.project(features[:, :, row:])
             x[:, :, row : row + 1] = self.transform.inverse(z[:, :, row : row + 1], params)
         return permute_rows(x, self.permutation)  # its own inverse
+
+
+class ReleasedFlow(Flow):
+    """The step of the WaveFlow that its authors released: couple, then permute.
+
+    Row 0 passes as it is; the estimator sees rows 0 to h - 2 and transforms the row below each. order is the one that
+    the conditioning has before this flow permutes it.
+    """
+
+    couples_first = True
+
+    def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        conditioning = permute_rows(conditioning, self.order)[:, :, 1:]
+        features = self.estimator(x[:, :, :-1], conditioning, self.embedding, self.gates)
+        z, log_det = self.transform(x[:, :, 1:], self.transform.project(features))
+        return permute_rows(torch.cat([x[:, :, :1], z], dim=2), self.permutation), log_det.flatten(1).sum(1)
+
+    def inverse(self, z: Tensor, conditioning: Tensor) -> Tensor:
+        z, conditioning = permute_rows(z, self.permutation), permute_rows(conditioning, self.order)[:, :, 1:]
+        x = torch.zeros_like(z)
+        x[:, :, :1] = z[:, :, :1]
+        for row in range(1, z.size(2)):
+            features = self.estimator(x[:, :, :row], conditioning[:, :, :row], self.embedding, self.gates)
+            params = self.transform.project(features[:, :, row - 1 :])
+            x[:, :, row : row + 1] = self.transform.inverse(z[:, :, row : row + 1], params)
+        return x
 
 
 # --- loss -------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from fast.engine import PRECISIONS, SynthesisEngine, slow_precision_warning
 from fast.folding import EstimatorWeights, fold_estimators
 from harness.stopping import exit_status
 from model import Flow, FlowVocoder, build_model
-from modules import SQRT_HALF, unsqueeze
+from modules import unsqueeze
 
 CONFIGS = [f"configs/{name}.json" for name in ("waveflow-h16-r64", "waveflow-h16-r128", "nanoflow-h16-r128-emb512")]
 CLIP_SECONDS = 6.5  # the mean clip of LJSpeech
@@ -64,11 +64,13 @@ def eager_conv_queue(model: FlowVocoder, mel: Tensor, z: Tensor) -> Tensor:
 def _invert_flow(flow: Flow, weights: EstimatorWeights, z: Tensor, conditioning: Tensor) -> Tensor:
     n_res = len(weights.front[1])
     queues = [[z.new_zeros(len(z), n_res, 1, z.size(3))] * (2 * dh) for dh, _ in weights.dilations]
-    rows = [torch.zeros_like(z[:, :, :1])]
-    for row in range(z.size(2)):
+    if flow.couples_first:
+        z = z[:, :, list(flow.permutation)]
+    rows = [z[:, :, :1] if flow.couples_first else torch.zeros_like(z[:, :, :1])]
+    for row in range(int(flow.couples_first), z.size(2)):
         features = _row_features(flow, weights, rows[-1], conditioning[:, :, row : row + 1], queues)
         rows.append(flow.transform.inverse(z[:, :, row : row + 1], flow.transform.project(features)))
-    return torch.cat([rows[1 + row] for row in flow.permutation], dim=2)
+    return torch.cat(rows if flow.couples_first else [rows[1 + row] for row in flow.permutation], dim=2)
 
 
 def _row_features(
@@ -86,7 +88,7 @@ def _row_features(
         residual, skip = out.chunk(2, dim=1)
         features = features + skip
         if flow.gates is None:
-            hidden = (hidden + residual) * SQRT_HALF
+            hidden = (hidden + residual) * weights.residual_scale
         else:
             hidden = hidden + residual * flow.gates[index].view(-1, 1, 1)
     return features

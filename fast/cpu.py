@@ -108,17 +108,24 @@ class _Run:
         return x
 
     def _invert_flow(self, flow: FoldedFlow, z: Tensor) -> Tensor:
-        # planes[0] is x moved down by a row, planes[1] the mask of clips; two rows above, a column on either side
+        # planes[0] is x moved down by a row, planes[1] the mask of clips; two rows above, a column on either side.
+        # Where row 0 passes as it is, it stands in the place of the row of zeros.
         planes = z.new_zeros(2, self.height + 3, self.columns + 2)
         planes[1, 2:, 1:-1] = self.mask
+        if flow.untouched:
+            z = z.index_select(0, flow.permutation)
+            planes[0, 2, 1:-1] = z[0]
         self._rewind()
         for end in range(self.tile, self.columns + self.height * self.row_lag + self.tile, self.tile):
             self._reach(min(end, self.columns))
-            for row in range(self.height):
-                self._invert_row(flow, row, end, z, planes)
+            for row in range(len(flow.order)):
+                self._invert_row(flow, row, end, z[flow.untouched :], planes)
+        if flow.untouched:
+            return planes[0, 2:-1, 1:-1].clone()
         return planes[0, 3:, 1:-1].index_select(0, flow.permutation)
 
     def _invert_row(self, flow: FoldedFlow, row: int, end: int, z: Tensor, planes: Tensor) -> None:
+        """A row of the estimator, and the row of z that it transforms."""
         for index in range(len(flow.layers)):
             columns = self._window(end, row, index)
             if not columns:

@@ -24,7 +24,7 @@ from fast.folding import (
     shrinkage,
 )
 from fast.winograd import GatedLayer, Geometry, Layer, Workspace, padding, product_weights
-from modules import SQRT_HALF, Affine, Estimator, Flow, Spline, permute_rows, shift_down
+from modules import Affine, Estimator, Flow, Spline, permute_rows, shift_down
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FastFlows:
         if not (self.execution.checkpoint_activations and torch.is_grad_enabled()):
             return _forward(flow, x, estimator)
         if estimator.keeps:
-            estimator.prepare(flow.order)  # made here, outside what is recomputed
+            estimator.prepare(_rows_seen(flow))  # made here, outside what is recomputed
         return checkpoint(_forward, flow, x, estimator, use_reentrant=False)
 
     def _bind(self, conditioning: Tensor) -> "dict[Estimator, ConvEstimator | WinogradEstimator]":
@@ -61,9 +61,9 @@ class FastFlows:
         if torch.is_autocast_enabled(kind):  # cast here, they are not cast again for every flow
             folded = {key: weights.to(torch.get_autocast_dtype(kind)) for key, weights in folded.items()}
         if _suits_winograd(conditioning, len(self.flows[0].estimator.layers)):
-            workspace, has_gates = Workspace(), self.flows[0].gates is not None
+            workspace, shrinks = Workspace(), shrinkage(self.flows[0])
             return {
-                key: WinogradEstimator(weights, conditioning, has_gates, workspace) for key, weights in folded.items()
+                key: WinogradEstimator(weights, conditioning, shrinks, workspace) for key, weights in folded.items()
             }
         run = _compiled_estimate() if self.execution.compile and torch.is_grad_enabled() else _estimate
         keeps = len(folded) < len(self.flows)
@@ -71,9 +71,17 @@ class FastFlows:
 
 
 def _forward(flow: Flow, x: Tensor, estimator: "ConvEstimator | WinogradEstimator") -> tuple[Tensor, Tensor]:
+    if flow.couples_first:
+        z, log_det = flow.transform(x[:, :, 1:], estimator.params(flow, x[:, :, :-1]))
+        return permute_rows(torch.cat([x[:, :, :1], z], dim=2), flow.permutation), log_det.flatten(1).sum(1)
     x = permute_rows(x, flow.permutation)
     z, log_det = flow.transform(x, estimator.params(flow, shift_down(x)))
     return z, log_det.flatten(1).sum(1)
+
+
+def _rows_seen(flow: Flow) -> tuple[int, ...]:
+    """Rows of the conditioning that the estimator's rows see."""
+    return flow.order[1:] if flow.couples_first else flow.order
 
 
 def _suits_winograd(conditioning: Tensor, n_layer: int) -> bool:
@@ -105,7 +113,7 @@ class ConvEstimator:
         if self.run is not _estimate and not x.requires_grad:
             x = x.detach().requires_grad_()  # the first flow too runs the graph that the others need
         biases = [weights.bias_of(flow.index) for weights in self.weights.layers]
-        return project(flow.transform, self.run(x, self.weights, biases, self.prepare(flow.order), flow.gates))
+        return project(flow.transform, self.run(x, self.weights, biases, self.prepare(_rows_seen(flow)), flow.gates))
 
     def prepare(self, order: tuple[int, ...]) -> list[Tensor]:
         """Conditioning product [B, 2R, h, W] of each layer, rows in `order`; the few orders that occur are kept."""
@@ -137,7 +145,7 @@ def _estimate(
         residual, skip = _residual_and_skip(gated, layer, is_last=index == len(weights.layers) - 1)
         features = features + skip
         if residual is not None:
-            hidden = _update(hidden, residual, None if gates is None else gates[index])
+            hidden = _update(hidden, residual, weights.residual_scale if gates is None else gates[index].view(-1, 1, 1))
     return features
 
 
@@ -162,8 +170,8 @@ def _residual_and_skip(gated: Tensor, weights: LayerWeights, is_last: bool) -> t
     return F.conv2d(gated, weights.res_skip, weights.res_skip_bias).chunk(2, dim=1)
 
 
-def _update(hidden: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
-    return (hidden + residual) * SQRT_HALF if gate is None else hidden + residual * gate.view(-1, 1, 1)
+def _update(hidden: Tensor, residual: Tensor, gate: Tensor | float) -> Tensor:
+    return (hidden + residual) * gate if isinstance(gate, float) else hidden + residual * gate
 
 
 # --- the same by fewer products ------------------------------------------------------------------------------------
@@ -177,10 +185,11 @@ class WinogradEstimator:
 
     keeps = True  # what `prepare` gives
 
-    def __init__(self, weights: EstimatorWeights, conditioning: Tensor, has_gates: bool, workspace: Workspace) -> None:
+    def __init__(
+        self, weights: EstimatorWeights, conditioning: Tensor, shrinks: list[float], workspace: Workspace
+    ) -> None:
         self.weights, self.conditioning, self.workspace = weights, conditioning, workspace
-        layers = weights.layers
-        self.shrinks = shrinkage(len(layers), has_gates)
+        self.shrinks, layers = shrinks, weights.layers
         taps = [layer.gate.permute(2, 3, 1, 0) * shrink for layer, shrink in zip(layers, self.shrinks, strict=True)]
         self.front, self.entry = fold_front(weights.front, taps[0])
         self.products = [None, *(product_weights(tap) for tap in taps[1:])]
@@ -191,7 +200,7 @@ class WinogradEstimator:
 
     def params(self, flow: Flow, x: Tensor) -> Tensor:
         """Parameters [B, P, h, W] of the flow's transform, as `ConvEstimator.params`."""
-        conditioning, width = self.prepare(flow.order), x.size(3)
+        conditioning, width = self.prepare(_rows_seen(flow)), x.size(3)
         project, offset = fold_projection(flow.transform)
         hidden, params = None, x.new_zeros(*conditioning.shape[:3], len(project))
         for index, weights in enumerate(self.weights.layers):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules import SQRT_HALF, Affine, Estimator, EstimatorLayer, Flow, Spline
+from modules import Affine, Estimator, EstimatorLayer, Flow, Spline
 
 PROJECTION_MULTIPLE = 16  # columns of the projection are zero-padded to this: BLAS is slow on two columns
 BIAS_ROWS = 16  # below the weights of a residual update: the bias, and zeros, since BLAS likes whole vectors
@@ -48,12 +48,13 @@ class EstimatorWeights(NamedTuple):
     front: tuple[Tensor, Tensor]  # [R, 1, 1, 1], [R]
     layers: list[LayerWeights]
     dilations: list[tuple[int, int]]  # (height, width)
+    residual_scale: float  # where there are no gates
 
     def to(self, dtype: torch.dtype) -> "EstimatorWeights":
         """Copy in another precision."""
         front = (self.front[0].to(dtype), self.front[1].to(dtype))
         layers = [LayerWeights(*(tensor.to(dtype) for tensor in layer)) for layer in self.layers]
-        return EstimatorWeights(front, layers, self.dilations)
+        return self._replace(front=front, layers=layers)
 
 
 def fold_estimators(flows: Sequence[Flow]) -> dict[Estimator, EstimatorWeights]:
@@ -68,6 +69,7 @@ def _fold_estimator(estimator: Estimator, embeddings: Tensor | None) -> Estimato
         front=(front.weight(), front.bias),
         layers=[_fold_layer(layer, embeddings) for layer in estimator.layers],
         dilations=[layer.dilation for layer in estimator.layers],
+        residual_scale=estimator.layers[0].residual_scale,
     )
 
 
@@ -104,7 +106,8 @@ class FoldedFlow:
     """One flow."""
 
     permutation: Tensor  # [h], source row of each row
-    order: tuple[int, ...]  # of the rows of its conditioning
+    order: tuple[int, ...]  # of the conditioning's rows, as the estimator's rows see them
+    untouched: int  # rows on top that pass as they are: 0, or 1 where the permutation comes after the coupling
     transform: Affine | Spline
     n_params: int  # columns of the projection, before they are padded to P
     front: Tensor  # [2, R]: of x, and of the mask of columns that belong to a clip
@@ -116,10 +119,11 @@ class FoldedFlow:
 # --- algebra that training shares (winograd.py), with gradients ---------------------------------------------------
 
 
-def shrinkage(n_layer: int, has_gates: bool) -> list[float]:
-    """By what H_l is divided, the hidden state of each layer: without gates by sqrt(1/2)^l, so that its update is a
-    plain sum."""
-    return [1.0 if has_gates else SQRT_HALF**layer for layer in range(n_layer)]
+def shrinkage(flow: Flow) -> list[float]:
+    """Divisors of H_l, the hidden state of each layer: without gates sqrt(1/2)^l, so that its update is a plain sum."""
+    layers = flow.estimator.layers
+    scale = layers[0].residual_scale if flow.gates is None else 1.0
+    return [scale**layer for layer in range(len(layers))]
 
 
 def fold_front(front: tuple[Tensor, Tensor], taps: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +165,7 @@ def fold_flows(flows: Sequence[Flow], dtype: torch.dtype, arrange: Callable[[Ten
     """
     folded, gates = fold_estimators(flows), {}
     for estimator, weights in folded.items():
-        shrinks = shrinkage(len(weights.layers), flows[0].gates is not None)
+        shrinks = shrinkage(flows[0])
         gates[estimator] = [
             arrange(_gate_taps(layer, shrink)).to(dtype) if index else None
             for index, (layer, shrink) in enumerate(zip(weights.layers, shrinks, strict=True))
@@ -173,7 +177,7 @@ def _fold_flow(
     flow: Flow, estimator: EstimatorWeights, gates: Sequence[Tensor | None], dtype: torch.dtype
 ) -> FoldedFlow:
     project, offset = fold_projection(flow.transform)
-    shrinks = shrinkage(len(estimator.layers), flow.gates is not None)
+    shrinks = shrinkage(flow)
     layers = []
     for index, weights in enumerate(estimator.layers):
         skip, skip_offset = fold_skip(project, weights)
@@ -195,7 +199,8 @@ def _fold_flow(
     front, entry = fold_front(estimator.front, _gate_taps(estimator.layers[0], 1.0))
     return FoldedFlow(
         permutation=torch.tensor(flow.permutation, device=project.device),
-        order=flow.order,
+        order=flow.order[1:] if flow.couples_first else flow.order,
+        untouched=int(flow.couples_first),
         transform=copy.deepcopy(flow.transform),
         n_params=flow.transform.n_params,
         front=front.to(dtype),

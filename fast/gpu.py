@@ -164,13 +164,20 @@ class _Bucket:
             self._graphs[index].replay()
 
     def _run(self, flow: StepFlow) -> None:
-        state = self.state
-        for row in range(state.height):
+        state, permutation = self.state, flow.folded.permutation
+        if flow.folded.untouched:  # row 0 passes as it is, and stands in the place of the row of zeros
+            state.noise.copy_(state.noise.index_select(0, permutation))
+            state.planes[0, 2, 1:-1].copy_(state.noise[0])
+        for row in range(len(flow.folded.order)):
             for layer in range(len(flow.layers)):
                 layer_step(flow, state, layer, row, self.fused)
             if not flow.affine:
                 finish_row(flow, state, row)
-        torch.index_select(state.planes[0, 3:, 1:-1], 0, flow.folded.permutation, out=state.noise)
+        if flow.folded.untouched:
+            state.noise.copy_(state.planes[0, 2:-1, 1:-1])
+            state.planes[0, 2].zero_()
+        else:
+            torch.index_select(state.planes[0, 3:, 1:-1], 0, permutation, out=state.noise)
 
     def _capture(self) -> list[torch.cuda.CUDAGraph]:
         # Kernels are compiled and their blocks chosen in runs beforehand, on data that looks like data.

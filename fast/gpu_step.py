@@ -169,7 +169,7 @@ def plain_step(flow: StepFlow, state: State, index: int, row: int) -> None:
 def finish_row(flow: StepFlow, state: State, row: int) -> None:
     """The samples of a row from its parameters."""
     params = state.params[:, : flow.folded.n_params].t()[None, :, None]  # [1, P, 1, W]
-    x = flow.folded.transform.inverse(state.noise[row].view(1, 1, 1, -1), params).view(-1)
+    x = flow.folded.transform.inverse(state.noise[row + flow.folded.untouched].view(1, 1, 1, -1), params).view(-1)
     state.planes[0, row + 3, 1:-1] = torch.where(state.mask > 0, x, 0)
 
 
@@ -181,7 +181,7 @@ def _fused_step(flow: StepFlow, state: State, index: int, row: int) -> None:
     layer_kernel[lambda options: (state.width // options["block_n"],)](
         state.planes,
         state.mask,
-        state.noise[row],
+        state.noise[row + flow.folded.untouched],
         state.conditioning[flow.folded.order[row]],
         state.params,
         flow.offset,

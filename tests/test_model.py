@@ -19,8 +19,9 @@ COUNTS = {  # training, synthesis; as published
 }
 VARIANTS = [
     {"coupling_type": coupling_type, "transform": transform}
-    for coupling_type in ("waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow")
+    for coupling_type in ("waveflow", "waveflow_official", "nanoflow_naive", "nanoflow_decomp", "nanoflow")
     for transform in ("affine", "spline")
+    if (coupling_type, transform) != ("waveflow_official", "spline")
 ]
 SHAPES = [
     {"n_height": 8, "n_layer_per_cycle": 1, "n_flow": 4},

@@ -17,7 +17,7 @@ from tests.support.vocoders import random_input, random_vocoder
 
 QUEUES = pytest.mark.parametrize("queue", [WinogradQueue, DirectQueue])
 ROOT = Path(__file__).parents[2]
-COUPLINGS = ["waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
+COUPLINGS = ["waveflow", "waveflow_official", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
 SHAPES = {  # height, rows of dilation_h per cycle, layers, flows
     "height 8, odd flows": {"n_height": 8, "n_flow": 3},
     "height 16, even flows": {"n_height": 16, "n_flow": 4, "n_layer": 4},

@@ -9,7 +9,7 @@ from fast.winograd import GatedLayer, Geometry, Layer, Workspace, product_weight
 from modules import FlowLoss
 from tests.support.vocoders import random_input, random_vocoder
 
-COUPLINGS = ["waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
+COUPLINGS = ["waveflow", "waveflow_official", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
 SHAPES = {
     "cycle 2": {"n_height": 16, "n_layer": 4, "n_layer_per_cycle": 2},
     "dilation as high as the rows": {"n_height": 4, "n_layer": 3, "n_layer_per_cycle": 3},
