@@ -64,38 +64,43 @@ class Sound:
 class Vocoder:
     """Speech from log-mels by a trained flow vocoder, which stays as it is.
 
-    data: how the mels were made; precision: of the products, as for the engine ("float32", "bfloat16", "float16").
+    data: how the mels were made; precision: of the products, as for the engine ("float32", "bfloat16", "float16");
+    name: of the checkpoint.
     """
 
-    def __init__(self, model: FlowVocoder, data: DataConfig, precision: str | None = None) -> None:
-        self.model, self.data = model.eval(), data
+    def __init__(self, model: FlowVocoder, data: DataConfig, precision: str | None = None, name: str = "") -> None:
+        self.model, self.data, self.name = model.eval(), data, name
         self.engine = SynthesisEngine(model, precision)
         self.device = next(model.parameters()).device
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | Config,
         config: str | Path | Config | None = None,
         device: str | torch.device | None = None,
         precision: str | None = None,
     ) -> "Vocoder":
-        """The vocoder of a checkpoint file, of a run's folder (its newest whole one), or of an experiment file's run.
+        """The vocoder of a checkpoint file, of a run's folder (its newest whole one), or of an experiment's run.
 
         config: experiment file or Config, needed where a checkpoint does not know its own, as the published ones.
         device: by default a GPU where there is any. A moving average of the weights is preferred to the last ones.
         Raises InputError.
         """
-        path, config = Path(path), config if config is None or isinstance(config, Config) else load_config(config)
-        if path.suffix == ".json":
-            config = config or load_config(path)
-            path = config.run_folder
-        path, content = _newest_whole(path) if path.is_dir() else (path, ckpt.load_checkpoint(path))
+        if config is not None and not isinstance(config, Config):
+            config = load_config(config)
+        if isinstance(path, Config) or Path(path).suffix == ".json":
+            config = path if isinstance(path, Config) else load_config(path)
+            path, content = _newest_whole(config.run_folder)
+        else:
+            path = Path(path)
+            path, content = _newest_whole(path) if path.is_dir() else (path, ckpt.load_checkpoint(path))
         config = _config_of(path, content, config)
         device = choose_device(None if device is None else str(device))
         if warning := slow_precision_warning(precision, device):
             warnings.warn(warning, stacklevel=2)
-        return cls(trained_model(content, config, str(path)).to(device), config.data_config, precision)
+        model = trained_model(content, config, str(path)).to(device)
+        return cls(model, config.data_config, precision, path.name)
 
     @property
     def sampling_rate(self) -> int:
@@ -220,7 +225,7 @@ def _newest_whole(folder: Path) -> tuple[Path, dict[str, Any]]:
             return path, ckpt.load_checkpoint(path)
         except InputError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=3)
-    raise InputError(f"no whole checkpoint in {folder}; train first, or name a file")
+    raise InputError(f"no checkpoint in {folder} that can be read; train first, or name a file")
 
 
 def _config_of(path: Path, content: Mapping[str, Any], given: Config | None) -> Config:

@@ -1,105 +1,187 @@
-"""What `benchmark.py` measures of training: the plain step that ours is compared with, ours, and the loader."""
+"""What is timed: the likelihood, a training step, and synthesis in three ways, each beside its baseline."""
 
-import argparse
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from audio import write_wav
-from config import Config, TrainConfig
-from data import make_train_loader
+from benchmark.baseline import eager_conv_queue
+from benchmark.made_up import made_up_trainer
+from config import Config, WaveFlowConfig
+from fast.engine import SynthesisEngine
 from fast.estimators import Execution
-from model import FlowVocoder
-from modules import FlowLoss
-from training.precision import make_precision
+from model import FlowVocoder, build_model
 
-SEGMENT = 16_000  # samples of a training crop
-LOADER_CLIPS, LOADER_SECONDS, LOADER_BATCHES = 200, 6.5, 400  # clips as long as LJSpeech's on average
-
-
-# --- steps ------------------------------------------------------------------------------------------------
+CLIP_SECONDS = 6.5  # the mean clip of LJSpeech
+SLOW_SECONDS = 0.5  # of `reverse`, which does n_height times the work
+SEGMENT = 16_000  # samples of a training crop, roughly
+RATE = 22_050  # Hz
 
 
-def _crops(model: FlowVocoder, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    device, hop = next(model.parameters()).device, model.config.hop_length
-    frames = round(SEGMENT / hop) + 1
-    audio = torch.randn(options.batch, hop * (frames - 1), device=device)
-    return audio, torch.randn(options.batch, model.config.cin_channels, frames, device=device)
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions that all workloads are run under."""
+
+    device: torch.device
+    batch: int = 1  # clips at a time
+    seconds: float = CLIP_SECONDS  # of a synthesized clip
+    compile: bool = False  # training steps
+    threads: int | None = None  # of the CPU; None: PyTorch's choice
+    tf32: bool = False  # in float32 products on CUDA
+
+    def set_up(self) -> None:
+        """Make them so in this process."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
 
 
-def baseline_step(model: FlowVocoder, options: argparse.Namespace, _precision: str) -> tuple[Callable, int, float]:
-    """A plain eager step in float32: the model as `modules.py` has it, convolution by convolution."""
-    audio, mel = _crops(model, options)
-    loss_fn, optimizer = FlowLoss(), _adam(model)
+@dataclass(frozen=True)
+class Bench:
+    """A model of an experiment, with random weights (speed does not depend on what they are), and the conditions."""
 
-    def run() -> None:
-        model.execution = Execution(plain=True)
-        optimizer.zero_grad()
-        loss_fn(model(audio, mel)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
+    config: Config
+    conditions: Conditions
 
-    return run, audio.numel(), 3.0
+    @cached_property
+    def model(self) -> FlowVocoder:
+        """The one model that all workloads but training share."""
+        torch.manual_seed(0)
+        return build_model(self.config.waveflow_config).to(self.conditions.device)
 
+    def clip(self, seconds: float) -> tuple[Tensor, Tensor]:
+        """A mel [B, M, F] and noise [B, 1, h, W] for at least `seconds` of audio."""
+        mel = self._mel(max(2, round(seconds * RATE / self.model.config.hop_length) + 1))
+        return mel, self.model.sample_noise(mel, 1.0)
 
-def training_step(
-    model: FlowVocoder, options: argparse.Namespace, precision: str, checkpoint_activations: bool = False
-) -> tuple[Callable, int, float]:
-    """The step of `trainer.py`: backward is two products for each one of the forward pass."""
-    audio, mel = _crops(model, options)
-    loss_fn, optimizer = FlowLoss(), _adam(model, fused=True)
-    stepper = make_precision(TrainConfig(fp16_run=precision != "float32"), model, optimizer)
-    execution = Execution(compile=options.compile, checkpoint_activations=checkpoint_activations)
+    def crops(self) -> tuple[Tensor, Tensor]:
+        """Training crops [B, T] and their mels [B, M, F]."""
+        hop = self.config.data_config.hop_length
+        frames = round(SEGMENT / hop) + 1
+        audio = torch.randn(self.conditions.batch, hop * (frames - 1), device=self.conditions.device)
+        return audio, self._mel(frames)
 
-    def run() -> None:
-        model.execution = execution
-        with stepper.autocast():
-            outputs = model(audio, mel)
-        stepper.step(loss_fn(outputs))
-
-    return run, audio.numel(), 3.0
+    def _mel(self, frames: int) -> Tensor:
+        bands = self.config.data_config.n_mel_channels
+        return torch.randn(self.conditions.batch, bands, frames, device=self.conditions.device)
 
 
-def checkpointed_step(model: FlowVocoder, options: argparse.Namespace, precision: str) -> tuple[Callable, int, float]:
+@dataclass(frozen=True)
+class Job:
+    """What a workload does."""
+
+    model: FlowVocoder  # with which it computes
+    run: Callable[[], Any]
+    samples: int  # of audio, in one run
+    passes: float  # over these samples that the work of one run comes to
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing to time."""
+
+    name: str
+    precision: str
+    job: Job
+
+    @property
+    def flop(self) -> float:
+        """Floating-point operations of one run, computed directly."""
+        return self.job.passes * self.job.samples * flop_per_sample(self.job.model.config)
+
+
+def make_workloads(bench: Bench, chosen: Sequence[tuple[str, str]]) -> list[Workload]:
+    """Workloads chosen by name and precision."""
+    return [Workload(name, precision, BUILDERS[name](bench, precision)) for name, precision in chosen]
+
+
+def run_once(bench: Bench, name: str, precision: str) -> None:
+    """Make a workload and run it: what its peak memory is that of."""
+    bench.conditions.set_up()
+    BUILDERS[name](bench, precision).run()
+
+
+def flop_per_sample(config: WaveFlowConfig) -> float:
+    """Operations (multiply-add = 2) for one audio sample of synthesis or of the likelihood, computed directly.
+
+    The 3x3 and residual products, the skip branch merged with an affine projection, and the conditioning once per
+    estimator.
+    """
+    n_res, n_layer = config.res_channels, config.n_layer
+    flow = n_layer * 18 * n_res**2 + (n_layer - 1) * n_res**2 + n_layer * n_res * 2
+    estimators = config.n_flow if config.coupling_type == "waveflow" else 1
+    return 2.0 * (config.n_flow * flow + estimators * n_layer * config.cin_channels * 2 * n_res)
+
+
+# --- training -------------------------------------------------------------------------------------------------
+
+
+def _train_baseline(bench: Bench, precision: str) -> Job:
+    """The trainer's step on the model as `modules.py` has it, convolution by convolution."""
+    return _training(bench, precision, Execution(plain=True))
+
+
+def _train(bench: Bench, precision: str) -> Job:
+    return _training(bench, precision, Execution(compile=bench.conditions.compile))
+
+
+def _train_checkpointed(bench: Bench, precision: str) -> Job:
     """The same with `checkpoint_activations`; what is computed again is not counted as work."""
-    return training_step(model, options, precision, checkpoint_activations=True)
+    return _training(bench, precision, Execution(compile=bench.conditions.compile, checkpoint_activations=True))
 
 
-def _adam(model: FlowVocoder, **options: bool) -> torch.optim.Adam:
-    """With its moments in memory, as in a run under way: a step along gradients of zero changes no weight."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, **options)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
+def _training(bench: Bench, precision: str, execution: Execution) -> Job:
+    """The trainer's own step: backward is two products for each one of the forward pass."""
+    changes = {"batch_size": bench.conditions.batch, "fp16_run": precision != "float32", "amp_backend": "torch"}
+    trainer = made_up_trainer(bench.config, bench.conditions.device, changes)
+    audio, mel = bench.crops()
+
+    def run() -> None:
+        trainer.model.execution = execution
+        trainer.step(audio, mel)
+
+    return Job(trainer.model, run, audio.numel(), passes=3.0)
 
 
-# --- the loader -------------------------------------------------------------------------------------------
+# --- likelihood and synthesis ---------------------------------------------------------------------------------
 
 
-def loader_speed(config: Config, batches: int = LOADER_BATCHES, clips: int = LOADER_CLIPS) -> float:
-    """Audio samples per second, crops with their mels, from two workers on a made-up corpus in a temporary folder."""
-    data, train = config.data_config, config.train_config
-    random = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{number}.wav" for number in range(clips)]
-        for file in files:
-            noise = 0.1 * random.standard_normal(round(LOADER_SECONDS * data.sampling_rate), dtype=np.float32)
-            write_wav(file, torch.from_numpy(noise), data.sampling_rate)
-        (Path(folder) / "list.txt").write_text("\n".join(map(str, files)))
-        config = config.replace(
-            data_config=data.replace(training_files=str(Path(folder) / "list.txt")),
-            train_config=train.replace(num_workers=2),
-        )
-        loader = iter(make_train_loader(config))
-        for _ in range(min(batches, 20)):
-            next(loader)  # the workers have started
-        began = time.perf_counter()
-        samples = sum(next(loader)[0].numel() for _ in range(batches))
-        return samples / (time.perf_counter() - began)
+def _forward(bench: Bench, _precision: str) -> Job:
+    audio, mel = bench.crops()
+
+    @torch.no_grad()
+    def run() -> None:
+        bench.model(audio, mel)
+
+    return Job(bench.model, run, audio.numel(), passes=1.0)
+
+
+def _reverse(bench: Bench, _precision: str) -> Job:
+    mel, z = bench.clip(min(SLOW_SECONDS, bench.conditions.seconds))
+    rows = (bench.model.config.n_height + 1) / 2  # each row recomputes those above
+    return Job(bench.model, lambda: bench.model.reverse(mel, z=z), z.numel(), passes=rows)
+
+
+def _queue(bench: Bench, _precision: str) -> Job:
+    mel, z = bench.clip(bench.conditions.seconds)
+    return Job(bench.model, lambda: eager_conv_queue(bench.model, mel, z), z.numel(), passes=1.0)
+
+
+def _engine(bench: Bench, precision: str) -> Job:
+    mel, z = bench.clip(bench.conditions.seconds)
+    engine = SynthesisEngine(bench.model, precision=precision)
+    return Job(bench.model, lambda: engine(mel, z), z.numel(), passes=1.0)
+
+
+BUILDERS: dict[str, Callable[[Bench, str], Job]] = {
+    "forward": _forward,
+    "train_baseline": _train_baseline,
+    "train": _train,
+    "train_checkpointed": _train_checkpointed,
+    "reverse": _reverse,
+    "queue": _queue,
+    "engine": _engine,
+}

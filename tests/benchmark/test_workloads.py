@@ -1,25 +1,37 @@
-"""The benchmark's training: its options reach the step, its loader loads."""
+"""The benchmark's training is the trainer's: its options reach the step; its loader loads."""
 
-import argparse
-
+import pytest
 import torch
 
-from benchmark import __main__ as benchmark
-from benchmark.workloads import loader_speed
+from benchmark.workloads import BUILDERS, Bench, Conditions, make_workloads
 from config import load_config
-from tests.support.experiments import ROOT
-from tests.support.vocoders import random_vocoder
+
+PLAIN, CHECKPOINTED = "train_baseline", "train_checkpointed"
 
 
-def test_a_training_workload_changes_the_weights():
-    options = argparse.Namespace(batch=1, compile=False, device=torch.device("cpu"))
-    for name in ("train_baseline", "train", "train_checkpointed"):
-        model = random_vocoder()
-        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-        benchmark.BUILDERS[name](model, options, "float32")[0]()
-        same = {key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])}
+@pytest.fixture
+def bench(config):
+    return Bench(load_config(config()), Conditions(torch.device("cpu"), seconds=0.1))
+
+
+def test_training_workloads_are_the_same_step_computed_in_other_ways(bench):
+    weights = {}
+    for workload in make_workloads(bench, [(name, "float32") for name in (PLAIN, "train", CHECKPOINTED)]):
+        model = workload.job.model
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        torch.manual_seed(0)
+        workload.job.run()
+        weights[workload.name] = dict(model.named_parameters())
+        same = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
         assert same <= {"estimators.0.front_conv.weight_v"}  # of one input each: only its sign matters
+    executions = {name: BUILDERS[name](bench, "float32") for name in weights}
+    for job in executions.values():
+        job.run()
+    assert executions[PLAIN].model.execution.plain and not executions["train"].model.execution.plain
+    assert executions[CHECKPOINTED].model.execution.checkpoint_activations
 
 
-def test_the_loader_is_measured():
-    assert loader_speed(load_config(ROOT / "configs" / "waveflow-h16-r64.json"), batches=2, clips=8) > 0
+def test_every_workload_runs_and_counts_its_work(bench):
+    for workload in make_workloads(bench, [(name, "float32") for name in BUILDERS]):
+        workload.job.run()
+        assert workload.job.samples > 0 and workload.flop > 0

@@ -1,4 +1,4 @@
-"""What `benchmark.py` prints is measured: workloads beside their baselines, peak memory, fidelity of a trained run."""
+"""What `python -m benchmark` says is measured: workloads beside their baselines, memory, fidelity of a trained run."""
 
 import json
 import os
