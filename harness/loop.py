@@ -128,10 +128,10 @@ class Loop(ABC):
             due = due or trained.iteration % self.every == 0
             if finished or due:
                 self._read_back()
-                self.progress.say()
                 # Weights whose last step was not finite may be the reason: an older checkpoint is the better one.
                 if finished or trained.bad_steps.in_a_row == 0:
                     due = False
+                    self.progress.say()
                     self.milestone(finished)
                 self._began = time.perf_counter()  # the pause is none of the speed
             if finished:

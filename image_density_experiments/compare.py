@@ -17,8 +17,8 @@ from harness.errors import InputError
 from harness.stopping import exit_status
 from image_density_experiments.checkpoint import FILE_NAME, load_checkpoint
 from image_density_experiments.figures import save_curves
+from image_density_experiments.loop import EPOCH_FILE, STEP_FILE
 from image_density_experiments.model import build_model, count_parameters
-from image_density_experiments.trainer import EpochLog, StepLog
 
 
 class Run(NamedTuple):
@@ -37,13 +37,13 @@ class Run(NamedTuple):
 def read_run(folder: Path) -> Run:
     """Raises InputError where the folder holds no run with an epoch done."""
     checkpoints = list_checkpoints(folder, FILE_NAME)
-    epochs = _rows(folder / EpochLog.FILE)
+    epochs = _rows(folder / EPOCH_FILE)
     if not checkpoints or not epochs:
         raise InputError(f"{folder}: holds no run with a whole epoch; train it first")
     config = load_checkpoint(checkpoints[0])["config"]
     with torch.device("meta"):  # counted, not computed with
         model = build_model(**config)
-    curve = [(int(row["iteration"]), float(row["bits_per_dim"])) for row in _rows(folder / StepLog.FILE)]
+    curve = [(int(row["iteration"]), float(row["bits_per_dim"])) for row in _rows(folder / STEP_FILE)]
     return Run(
         name=folder.name,
         model_type=config["model_type"],

@@ -1,5 +1,6 @@
 """What a trained image model knows: bits per dimension, reconstructions, what lies between images, what is strange."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.files import written_whole
-from image_density_experiments.data import quantise, test_batches
+from harness.processes import rank, world_size
+from image_density_experiments.data import quantise, test_batches, to_pixels
 from image_density_experiments.datasets import Split
+from image_density_experiments.figures import save_image_rows
 from image_density_experiments.model import ImageFlow
 
 
@@ -34,20 +37,20 @@ def bits_per_dim(
     batch_size: int,
     seed: int = 0,
     amp: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
+    shared: bool = False,
 ) -> np.ndarray:
-    """Of each image of the split [N], with the same dequantisation noise every time; the model comes back as it was.
+    """Bits per dimension of each image of the split [N], with the same dequantisation noise every time.
 
-    With world_size, of every so manieth image, the rank-th first.
+    The model comes back as it was. shared: only of this process's share of the images, for `gather`.
     """
+    first, every = (rank(), world_size()) if shared else (0, 1)
     device, was_training = next(model.parameters()).device, model.training
     generator = torch.Generator().manual_seed(seed)
     model.eval()
     results, n_seen = [torch.empty(0)], 0
     for x, labels in test_batches(split, model.config.n_bits, batch_size):
         noise = torch.rand(x.shape, generator=generator) / 2**model.config.n_bits
-        part = slice((rank - n_seen) % world_size, None, world_size)
+        part = slice((first - n_seen) % every, None, every)
         x, labels, noise, n_seen = x[part], labels[part], noise[part], n_seen + len(x)
         if not len(x):
             continue
@@ -107,8 +110,25 @@ def spread_images(model: ImageFlow, split: Split, n: int) -> Tensor:
 
 def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
     """How often an image from outside has more bits per dimension than one from inside: 0.5 is chance, 1 perfect."""
-    from scipy.stats import rankdata  # slow to import
+    from sklearn.metrics import roc_auc_score  # slow to import
 
-    ranks = rankdata(np.concatenate([inside, outside]))  # ties share their mean rank
-    n_in, n_out = len(inside), len(outside)
-    return float((ranks[n_in:].sum() - n_out * (n_out + 1) / 2) / (n_in * n_out))
+    is_outside = np.repeat([0, 1], [len(inside), len(outside)])
+    return float(roc_auc_score(is_outside, np.concatenate([inside, outside])))
+
+
+def save_samples(path: Path, model: ImageFlow, temperatures: Sequence[float], seed: int, n: int = 12) -> None:
+    """A grid of samples, a row per temperature, from the same noise each time; the classes in turn."""
+    rows: dict[str, np.ndarray] = {}
+    diverged, was_training = 0, model.training
+    model.eval()
+    for temperature in temperatures:
+        with torch.random.fork_rng(devices=[]):  # none of the run's own random numbers
+            torch.manual_seed(seed)
+            y_onehot = one_hot(torch.arange(n) % model.config.y_classes, model)
+            images = model.reverse(y_onehot=y_onehot, temperature=temperature, n=n)
+        diverged += int((~torch.isfinite(images)).flatten(1).any(1).sum())
+        rows[f"T = {temperature:g}"] = to_pixels(torch.nan_to_num(images), model.config.n_bits)
+    model.train(was_training)
+    title = f"{model.config.model_type}: samples at several temperatures"
+    # Inverse couplings divide by scales that a young model may make tiny for latents it has never seen.
+    save_image_rows(path, rows, title + (f" ({diverged} overflowed: grey)" if diverged else ""))

@@ -46,7 +46,7 @@ class VocoderLoop(Loop):
             self._report_likelihood()
 
     def row(self, step: Step) -> Sequence[float]:
-        """iteration, loss, prior, log_det, grad_norm, learning_rate."""
+        """A row of COLUMNS."""
         return step.iteration, *step.results, step.learning_rate
 
     def taken(self, steps: Sequence[Step], seconds: float) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from image_density_experiments.model import ImageModelConfig, build_model, count_parameters
-from image_density_experiments.train import parse_arguments
+from image_density_experiments.options import parse_arguments
 
 README = (Path(__file__).parents[2] / "image_density_experiments" / "README.md").read_text(encoding="utf-8")
 HEADER = re.search(r"^\| row \|.*?train\.py (--.*?)` and \|$", README, re.MULTILINE)[1].split()

@@ -1,0 +1,176 @@
+"""The image command's flags: those of the published train.py and a few more, checked once, then frozen."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from harness.arguments import number, whole_number
+from harness.errors import InputError
+from harness.settings import Settings
+from image_density_experiments.datasets import ALL
+from image_density_experiments.model import COUPLINGS, DESIGNS, PERMUTATIONS, ImageModelConfig
+
+FOLDER = Path(__file__).resolve().parent
+JOBS = ("evaluate", "sample", "interpolate", "ood")  # beside training, each a flag
+
+
+class TrainOptions(Settings):
+    """How to train, under the names of the published flags."""
+
+    batch_size: int = Field(64, ge=1)
+    eval_batch_size: int = Field(512, ge=1)
+    epochs: int = Field(3000, ge=1)
+    lr: float = Field(5e-4, gt=0)
+    warmup: float = Field(5, ge=0)  # epochs
+    weight_decay: float = Field(5e-5, ge=0)
+    y_weight: float = Field(0.01, ge=0)
+    max_grad_clip: float = Field(0, ge=0)  # of each component; 0: not clipped
+    max_grad_norm: float = Field(0, ge=0)  # of all together; 0: not clipped
+    n_init_batches: int = Field(8, ge=1)
+    n_workers: int = Field(2, ge=0)
+    seed: int = Field(0, ge=0)
+    augmented: bool = True
+    amp: bool = False
+    sample_every: int = Field(1, ge=1)  # epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What one command is asked to do; `model` holds those flags of the architecture that were given."""
+
+    job: str  # "train" or one of JOBS
+    model: Mapping[str, Any]
+    memory: str  # of memory.MEMORY_MODES
+    train: TrainOptions
+    dataset: str
+    dataroot: Path
+    download: bool
+    output_dir: Path
+    saved_model: Path | None
+    saved_optimizer: Path | None
+    fresh: bool
+    max_iterations: int | None
+    device: str | None
+    ood: str | None
+    ood_dataroot: Path
+    temperatures: tuple[float, ...]
+
+
+def read_options(arguments: Sequence[str] | None = None) -> Options:
+    """Options of a command line. argparse ends the program where it cannot be read; InputError on an unknown model."""
+    flags = parse_arguments(arguments)
+    if flags.model_type is not None and flags.model_type not in DESIGNS:
+        raise InputError(f"--model_type {flags.model_type}: unknown; there are {', '.join(DESIGNS)}")
+    values = vars(flags)
+    return Options(
+        job=next((job for job in JOBS if values[job]), "train"),
+        model={name: values[name] for name in _model_flags() if values[name] is not None},
+        memory="reversible" if flags.reversible else "checkpoint" if flags.checkpoint_activations else "plain",
+        train=TrainOptions(**{name: values[name] for name in TrainOptions.model_fields if name in values}),
+        output_dir=flags.output_dir or FOLDER / "experiments" / f"{flags.model_type or 'nanoflow'}_{flags.dataset}",
+        device="cpu" if flags.no_cuda else None,
+        ood_dataroot=flags.ood_dataroot or flags.dataroot,
+        temperatures=tuple(flags.temperatures),
+        **{
+            name: values[name]
+            for name in ("dataset", "dataroot", "download", "saved_model", "saved_optimizer", "fresh", "ood")
+        },
+        max_iterations=flags.max_iterations,
+    )
+
+
+def _model_flags() -> list[str]:
+    return [name for name in ImageModelConfig.model_fields if name not in ("image_shape", "y_classes")]
+
+
+# --- flags ------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """All flags with their values. Model flags that are not given are None."""
+    parser = argparse.ArgumentParser(
+        description="Train, evaluate and sample image density models.",
+        epilog="Without a job, it trains; --saved_model FILE goes on from a checkpoint, or the newest of a folder.",
+    )
+    _add_model_flags(parser.add_argument_group("model (from the checkpoint, if there is one)"))
+    _add_data_flags(parser.add_argument_group("data"))
+    training = parser.add_argument_group("training")
+    _add_training_flags(training)
+    _add_run_flags(training)
+    _add_job_flags(parser.add_argument_group("jobs other than training"))
+    return parser.parse_args(arguments)
+
+
+def _add_model_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model_type", metavar="TYPE", help=f"{', '.join(DESIGNS)} (default nanoflow)")
+    add("--hidden_channels", type=int, help="channels of the estimators (default 512; the published runs: 256)")
+    add("--K", type=int, help="steps per level (default 32)")
+    add("--L", type=int, help="levels (default 3)")
+    add("--actnorm_scale", type=float, help="standard deviation after the first actnorm (default 1.0)")
+    add("--flow_permutation", metavar="KIND", help=f"{', '.join(PERMUTATIONS)} (default invconv)")
+    add("--flow_coupling", metavar="KIND", help=f"{', '.join(COUPLINGS)} (default affine)")
+    switch = {"action": "store_false", "default": None}
+    add("--no_LU_decomposed", dest="LU_decomposed", help="invconv as a plain matrix", **switch)
+    add("--flow_embed_dim", type=int, help="channels of the flow indication at the first level (default 1)")
+    add("--no_learn_top", dest="learn_top", help="a standard Gaussian at the top", **switch)
+    add("--y_condition", action="store_true", default=None, help="condition on the class")
+    add("--n_bits", type=int, choices=(5, 8), help="bits per colour that are modelled (default 8)")
+
+
+def _add_data_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--dataset", default="patches", metavar="NAME", help=f"{', '.join(ALL)} (default patches, embedded)")
+    add("--dataroot", type=Path, default=FOLDER / "datasets", help="folder of the dataset's files, or the file itself")
+    add("--download", action="store_true", help="fetch the dataset if it is not there")
+    add("--no_augment", dest="augmented", action="store_false", help="train on the images as they are")
+
+
+def _add_training_flags(group: argparse._ArgumentGroup) -> None:
+    """How to train: the fields of TrainOptions, which says their defaults."""
+    add, count, not_negative = group.add_argument, whole_number(1), number(0)
+    add("--batch_size", type=count)
+    add("--eval_batch_size", type=count)
+    add("--epochs", type=count)
+    add("--lr", type=number(0, above=True), help="of Adamax (default 5e-4)")
+    add("--warmup", type=not_negative, help="epochs of linear warm-up (default 5)")
+    add("--y_weight", type=not_negative, help="of the class loss, with --y_condition (default 0.01)")
+    add("--max_grad_clip", type=not_negative, help="clip each gradient component (default 0: not)")
+    add("--max_grad_norm", type=not_negative, help="clip the gradient norm (default 0: not)")
+    add("--n_init_batches", type=count, help="batches that initialise the actnorms (default 8)")
+    add("--n_workers", type=whole_number(0), help="data loading processes (default 2)")
+    add("--seed", type=whole_number(0))
+    add("--amp", action="store_true", help="estimators in bfloat16")
+    add("--sample_every", type=count, metavar="N", help="epochs from one grid of samples to the next")
+    group.set_defaults(**TrainOptions().to_dict())
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--max_iterations", type=whole_number(1), metavar="N", help="stop at iteration N")
+    memory = group.add_mutually_exclusive_group()
+    memory.add_argument(
+        "--checkpoint_activations", action="store_true", help="recompute each step's inside: less memory"
+    )
+    memory.add_argument("--reversible", action="store_true", help="recompute each step's input too: memory free of K")
+    add("--no_cuda", action="store_true", help="stay on the CPU")
+    add("--output_dir", type=Path, help="default: experiments/TYPE_DATASET beside this file")
+    add("--fresh", action="store_true", help="remove the run in --output_dir before starting")
+    add("--saved_model", type=Path, metavar="FILE", help="checkpoint to start from, or a folder, whose newest is taken")
+    add("--saved_optimizer", type=Path, metavar="FILE", help="optimizer state of a published checkpoint")
+
+
+def _add_job_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    job = group.add_mutually_exclusive_group()
+    job.add_argument("--evaluate", action="store_true", help="bits/dim of the test images, and reconstructions")
+    job.add_argument("--sample", action="store_true", help="a grid of samples")
+    job.add_argument("--interpolate", action="store_true", help="images between test images")
+    job.add_argument("--ood", metavar="DATASET", help="compare bits/dim with those of another dataset")
+    add("--ood_dataroot", type=Path, help="where that dataset is (default: --dataroot)")
+    temperatures = [0.25, 0.5, 0.7, 0.8, 0.9, 1.0]
+    add("--temperatures", type=number(0), nargs="+", default=temperatures, help="of samples")
