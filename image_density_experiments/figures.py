@@ -1,5 +1,6 @@
 """Pictures of a run as PNG files: grids of images, histograms of bits per dimension."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,14 +10,17 @@ import numpy as np
 from harness.files import written_whole
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+BREAK = 2.0  # a gap wider than this many times the wider of two groups breaks the axis
 
 
 def image_grid(rows: Sequence[np.ndarray], margin: int = 2) -> np.ndarray:
-    """Rows of uint8 images [n, H, W, C] on white, as one picture [H', W', C]."""
+    """Rows of uint8 images [n, H, W, 1 or 3] on white, as one picture [H', W', 3]."""
     n_columns = max(len(row) for row in rows)
-    height, width, channels = rows[0].shape[1:]
-    shape = (len(rows) * (height + margin) + margin, n_columns * (width + margin) + margin, channels)
+    height, width = rows[0].shape[1:3]
+    shape = (len(rows) * (height + margin) + margin, n_columns * (width + margin) + margin, 3)
     grid = np.full(shape, 255, np.uint8)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
@@ -26,7 +30,7 @@ def image_grid(rows: Sequence[np.ndarray], margin: int = 2) -> np.ndarray:
 
 
 def save_image_rows(path: Path, rows: dict[str, np.ndarray], title: str) -> None:
-    """Named rows of uint8 images [n, H, W, 3] as a PNG, each pixel enlarged, the names at the left."""
+    """Named rows of uint8 images [n, H, W, 1 or 3] as a PNG, each pixel enlarged, the names at the left."""
     from matplotlib.figure import Figure  # slow to import
 
     grid = image_grid(list(rows.values()))
@@ -49,18 +53,65 @@ def save_image_rows(path: Path, rows: dict[str, np.ndarray], title: str) -> None
 
 
 def save_histogram(path: Path, bits: dict[str, np.ndarray], title: str) -> None:
-    """Densities of the bits per dimension [N] of several datasets over one another."""
+    """Shares of images over their bits per dimension [N], of several datasets over one another.
+
+    Where they lie far apart the axis is broken, so that each shows its shape; values that are not finite are counted.
+    """
     from matplotlib.figure import Figure  # slow to import
 
-    values = np.concatenate(list(bits.values()))
-    edges = np.linspace(values.min(), values.max(), 61)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, of_dataset in bits.items():
-        axes.hist(of_dataset, edges, density=True, alpha=0.6, label=f"{name}, mean {of_dataset.mean():.3f}")
-    axes.set(xlabel="bits/dim", ylabel="density", title=title)
-    axes.legend()
+    finite = {name: values[np.isfinite(values)] for name, values in bits.items()}
+    stretches = _stretches([values for values in finite.values() if len(values)])
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panels = figure.subplots(1, max(1, len(stretches)), sharey=True, squeeze=False)[0]
+    for axes, (first, last) in zip(panels, stretches, strict=False):
+        edges = np.linspace(first, last, 41)
+        for index, (_, values) in enumerate(finite.items()):
+            inside = values[(values >= first) & (values <= last)]
+            if len(inside):
+                weights = np.full(len(inside), 1 / len(values))
+                axes.hist(inside, edges, weights=weights, alpha=0.6, color=f"C{index}")
+        axes.tick_params(axis="x", labelrotation=30 if len(stretches) > 1 else 0)
+    panels[0].set_ylabel("share of the images")
+    _mark_breaks(panels)
+    figure.supxlabel("bits/dim", fontsize=10)
+    _add_legend(figure, bits, finite, title)
     _save(path, figure)
+
+
+def _stretches(groups: Sequence[np.ndarray]) -> list[tuple[float, float]]:
+    """The parts of the axis that hold something: one, or one per group where groups lie far from one another."""
+    ranges = sorted((float(values.min()), float(values.max())) for values in groups)
+    joined: list[tuple[float, float]] = []
+    for first, last in ranges:
+        if joined and first - joined[-1][1] <= BREAK * max(last - first, joined[-1][1] - joined[-1][0]):
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        else:
+            joined.append((first, last))
+    margins = [max(0.03 * (last - first), 0.01) for first, last in joined]
+    return [(first - margin, last + margin) for (first, last), margin in zip(joined, margins, strict=True)]
+
+
+def _mark_breaks(panels: Sequence["Axes"]) -> None:
+    """Slanted strokes where the axis is broken."""
+    strokes = {"marker": [(-0.5, -1), (0.5, 1)], "markersize": 9, "color": "k", "linestyle": "none", "clip_on": False}
+    for left, right in itertools.pairwise(panels):
+        left.spines.right.set_visible(False)
+        right.spines.left.set_visible(False)
+        right.tick_params(axis="y", length=0)
+        left.plot([1, 1], [0, 1], transform=left.transAxes, **strokes)
+        right.plot([0, 0], [0, 1], transform=right.transAxes, **strokes)
+
+
+def _add_legend(figure: "Figure", bits: dict[str, np.ndarray], finite: dict[str, np.ndarray], title: str) -> None:
+    from matplotlib.patches import Patch
+
+    labels = []
+    for name, values in finite.items():
+        n_lost = len(bits[name]) - len(values)
+        mean = f"mean {values.mean():.3f}" if len(values) else "none finite"
+        labels.append(f"{name}: {len(bits[name])} images, {mean}" + (f", {n_lost} not finite" if n_lost else ""))
+    handles = [Patch(color=f"C{index}", alpha=0.6, label=label) for index, label in enumerate(labels)]
+    figure.legend(handles=handles, loc="outside upper center", title=title, fontsize=9, frameon=False)
 
 
 def save_curves(path: Path, curves: dict[str, list[tuple[int, float]]]) -> None:

@@ -17,6 +17,8 @@ from harness.errors import InputError
 from spline import MIN_BIN, rational_quadratic_spline
 
 SPLINE_BINS, TAIL_BOUND = 8, 5.0
+SINGULAR = 1e14  # of a matrix's and its inverse's largest values: in float64 nothing is left of the digits
+CONSTANT = 1e-6  # a standard deviation of rounding errors
 UNIT_SLOPE = math.log(math.expm1(1 - MIN_BIN))  # the raw spline derivative that means a slope of 1
 
 
@@ -72,6 +74,7 @@ class ActNorm(nn.Module):
     def _initialise(self, x: Tensor) -> None:
         x = x.to(self.bias.dtype)
         std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True, correction=0)
+        std = torch.where(std < CONSTANT, self.scale, std)  # nothing to scale: not amplified a million times
         self.bias.copy_(-mean)
         self.logs.copy_(torch.log(self.scale / (std + 1e-6)))
         self.initialised.fill_(True)
@@ -120,8 +123,14 @@ class InvertibleConv1x1(nn.Module):
     def inverse(self, z: Tensor) -> Tensor:
         """z [B, C, H, W] -> x."""
         with torch.autocast(z.device.type, enabled=False):
-            inverse = torch.linalg.inv(self.matrix().double()).to(z)  # a badly conditioned W needs the digits
-            return F.conv2d(z, inverse[:, :, None, None])
+            matrix = self.matrix().double()  # a badly conditioned W needs the digits
+            inverse, info = torch.linalg.inv_ex(matrix)
+            if info or not inverse.abs().max() * matrix.abs().max() < SINGULAR:
+                raise InputError(
+                    f"a mixing matrix of {len(inverse)} channels has become singular: the model has no inverse; take "
+                    "an earlier checkpoint, or train with a lower rate or with LU_decomposed"
+                )
+            return F.conv2d(z, inverse.to(z)[:, :, None, None])
 
 
 class Permutation(nn.Module):
@@ -287,6 +296,8 @@ class FlowIndication(nn.Module):
         super().__init__()
         self.map = nn.Parameter(torch.randn(1, channels, height, width))
         self.actnorm = ActNorm(channels)
+        if height * width == 1:  # a single number has no spread to normalise: it stays what tells steps apart
+            self.actnorm.initialised.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C + channels, H, W]."""

@@ -11,7 +11,16 @@ from image_density_experiments.checkpoint import load_checkpoint, save_checkpoin
 from image_density_experiments.datasets import Split
 from image_density_experiments.evaluation import auroc, interpolate, reconstruct
 from image_density_experiments.model import load_weights
-from image_density_experiments.modules import COUPLINGS, ActNorm, FlowStep, Permutation, squeeze, unsqueeze
+from image_density_experiments.modules import (
+    COUPLINGS,
+    ActNorm,
+    FlowIndication,
+    FlowStep,
+    InvertibleConv1x1,
+    Permutation,
+    squeeze,
+    unsqueeze,
+)
 from tests.support.image_models import random_images, random_model
 
 
@@ -130,3 +139,34 @@ def test_auroc_counts_pairs():
     pairs = [(b > a) + 0.5 * (b == a) for a in inside for b in outside]
     assert auroc(inside, outside) == pytest.approx(np.mean(pairs))
     assert auroc(np.array([1.0, 2.0]), np.array([3.0])) == 1
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e4])
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (2, 4, 8, 8)])
+def test_a_constant_channel_is_not_amplified(shape, value):
+    norm = ActNorm(4).train()
+    norm(torch.full(shape, value))
+    assert torch.allclose(norm.logs, torch.zeros(()), atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_an_indication_map_enters_with_its_own_size(side):
+    indication = FlowIndication(3, side, side).train()
+    before = indication.map.detach().clone()
+    added = indication(torch.zeros(2, 4, side, side))[:, 4:]
+    assert added.abs().max() < 10
+    assert added.abs().min() > 0 or side > 1  # a single number is not normalised away
+    added.sum().backward()
+    assert indication.map.grad.abs().max() < 100 and before.equal(indication.map)
+
+
+@pytest.mark.parametrize("lu", [True, False])
+def test_a_singular_mixing_matrix_is_one_line(lu):
+    mixing = InvertibleConv1x1(4, LU_decomposed=lu)
+    with torch.no_grad():
+        if lu:
+            mixing.log_s[1] = -float("inf")
+        else:
+            mixing.weight[2] = 0
+    with pytest.raises(InputError, match=r"mixing matrix of 4 channels has become singular: .* earlier checkpoint"):
+        mixing.inverse(torch.zeros(1, 4, 2, 2))

@@ -1,0 +1,89 @@
+"""Samples of a model: drawn again where they leave the range of pixels, shown with what is left of that named.
+
+An inverse coupling divides by a scale that a young model may make tiny for a latent it has never seen: single samples
+then leave the range by powers of ten, in float64 too. They are rejected, counted, and drawn again.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from image_density_experiments.data import to_pixels
+from image_density_experiments.evaluation import one_hot
+from image_density_experiments.model import ImageFlow
+
+TOLERANCE = 0.5  # how far beyond black or white a value may lie, in units of their distance; it is clipped
+ATTEMPTS = 20  # draws of an image before it is given up
+AT_ONCE = 64  # images; what is drawn does not depend on the memory at hand
+
+
+class Samples(NamedTuple):
+    """Images [n, C, H, W] as the model gives them, how many were drawn, and how often a draw left the range."""
+
+    images: Tensor
+    n_drawn: int
+    n_rejected: int
+
+    def __str__(self) -> str:
+        if not self.n_rejected:
+            return f"{len(self.images)} samples, none of which left the range of pixels"
+        kept = int(leaves_range(self.images).sum())
+        text = f"{self.n_rejected} of {self.n_drawn} draws left the range of pixels and were drawn again"
+        return text + (f"; {kept} of {len(self.images)} samples still do" if kept else "")
+
+
+def leaves_range(images: Tensor) -> Tensor:
+    """Which of images [n, C, H, W] hold a value that is not finite, or beyond TOLERANCE of black or white: [n]."""
+    return ~(images.abs() <= 0.5 + TOLERANCE).flatten(1).all(1)  # not, as comparisons with nan are false
+
+
+@torch.no_grad()
+def draw(model: ImageFlow, n: int, temperature: float, seed: int, labels: Tensor | None = None) -> Samples:
+    """n samples, the same for the same seed; the global random state and the model's mode stay as they were.
+
+    labels [n]: classes for a model that is conditioned on them, by default all of them in turn.
+    """
+    if labels is None:
+        labels = torch.arange(n) % model.config.y_classes
+    was_training, parts, n_drawn, n_rejected = model.training, [], 0, 0
+    model.eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for some in labels.split(AT_ONCE):
+            images, wrong = _drawn(model, some, temperature), torch.empty(0)
+            n_drawn += len(some)
+            for _ in range(ATTEMPTS):
+                wrong = leaves_range(images).nonzero()[:, 0]
+                n_rejected += len(wrong)
+                if not len(wrong):
+                    break
+                images[wrong] = _drawn(model, some[wrong.cpu()], temperature)
+                n_drawn += len(wrong)
+            parts.append(images.cpu())
+    model.train(was_training)
+    return Samples(torch.cat(parts), n_drawn, n_rejected)
+
+
+def _drawn(model: ImageFlow, labels: Tensor, temperature: float) -> Tensor:
+    return model.reverse(y_onehot=one_hot(labels, model), temperature=temperature, n=len(labels))
+
+
+class Shown(NamedTuple):
+    """Images as uint8 [..., H, W, C], and how many of them hold values that are not finite: those are grey."""
+
+    pixels: np.ndarray
+    n_not_finite: int
+
+    @property
+    def remark(self) -> str:
+        """What a title says of it: nothing if there is nothing to say."""
+        return f" ({self.n_not_finite} not finite: grey)" if self.n_not_finite else ""
+
+
+def shown(images: Tensor, n_bits: int) -> Shown:
+    """Images [..., C, H, W] as they are shown, wherever they come from; values that are not finite are mid-grey."""
+    finite = torch.isfinite(images)
+    n_not_finite = int((~finite).flatten(-3).any(-1).sum())
+    return Shown(to_pixels(torch.where(finite, images, 0.0), n_bits), n_not_finite)
