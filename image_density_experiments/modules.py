@@ -125,7 +125,9 @@ class InvertibleConv1x1(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             matrix = self.matrix().double()  # a badly conditioned W needs the digits
             inverse, info = torch.linalg.inv_ex(matrix)
-            if info or not inverse.abs().max() * matrix.abs().max() < SINGULAR:
+            # A vanished entry of U is covered by rounding in the product: it is looked for where it is.
+            vanished = self.LU_decomposed and not torch.exp(self.log_s.double().min()) > 1 / SINGULAR
+            if info or vanished or not inverse.abs().max() * matrix.abs().max() < SINGULAR:
                 raise InputError(
                     f"a mixing matrix of {len(inverse)} channels has become singular: the model has no inverse; take "
                     "an earlier checkpoint, or train with a lower rate or with LU_decomposed"
