@@ -1,6 +1,5 @@
 """The image subproject's real command: train, resume, evaluate, sample; and what it refuses."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -14,29 +13,15 @@ from matplotlib.image import imsave
 from image_density_experiments.checkpoint import load_checkpoint, to_published
 from image_density_experiments.train import main
 from tests.support.image_models import random_model
+from tests.support.image_runs import QUICK, SMALL, rows, run, write_images
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--model_type", "nanoflow", "--hidden_channels", "4", "--K", "2", "--L", "2", "--n_init_batches", "2"]
-QUICK = ["--batch_size", "4", "--warmup", "2", "--n_workers", "0", "--no_cuda", "--temperatures", "0.5", "1"]
 
 
 @pytest.fixture
 def images(tmp_path):
     """An array of 20 images of 8x8: 18 for training, 4 batches per epoch."""
-    smooth = np.random.default_rng(0).integers(0, 200, (20, 2, 2, 3)).repeat(4, axis=1).repeat(4, axis=2)
-    path = tmp_path / "images.npy"
-    np.save(path, (smooth + np.random.default_rng(1).integers(0, 50, smooth.shape)).astype(np.uint8))
-    return path
-
-
-def run(images, folder, *arguments, model=SMALL):
-    data = ["--dataset", "folder", "--dataroot", str(images), "--output_dir", str(folder)]
-    return main([*model, *QUICK, *data, *map(str, arguments)])
-
-
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return write_images(tmp_path / "images.npy")
 
 
 def test_training_writes_curves_checkpoints_and_samples(images, tmp_path):
