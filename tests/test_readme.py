@@ -13,7 +13,7 @@ import torch
 
 import benchmark.__main__ as benchmark
 import data
-import image_density_experiments.train as image_train
+import image_density_experiments.options as image_options
 import train
 from config import DataConfig, DistConfig, TrainConfig, WaveFlowConfig, load_config
 from model import build_model, count_parameters
@@ -164,7 +164,12 @@ def test_the_python_examples_run(monkeypatch, tmp_path):
 
 def test_every_command_is_understood():
     counts = dict.fromkeys(("train.py", "data.py", "benchmark", "image_density_experiments/train.py"), 0)
-    parsers = (train.parse_arguments, data._parser().parse_args, benchmark.parse_arguments, image_train.parse_arguments)
+    parsers = (
+        train.parse_arguments,
+        data._parser().parse_args,
+        benchmark.parse_arguments,
+        image_options.parse_arguments,
+    )
     for words in commands():
         for program, parse in zip(counts, parsers, strict=True):
             if words[0] in ("python", "torchrun") and program in words:
