@@ -146,6 +146,10 @@ class WaveFlowConfig(Settings):
     tail_bound: float = _above_zero(5.0, "a spline is the identity beyond it")
     upsample_strides: Sizes = _plain((16, 16), "added: even numbers whose product is `hop_length`")
 
+    linear_prediction: int = _count(
+        0, "added: order of linear prediction from the mel, the outermost flow; 0: none", maximum=512, minimum=0
+    )
+
     @model_validator(mode="after")
     def _relations(self) -> Self:
         if self.coupling_type == "nanoflow" and self.size_flow_embed < 1:
@@ -223,6 +227,11 @@ class Config(Settings):
             raise InputError(
                 f"waveflow_config.cin_channels {model.cin_channels} differs from "
                 f"data_config.n_mel_channels {data.n_mel_channels}; make them equal"
+            )
+        if model.linear_prediction >= data.filter_length:
+            raise InputError(
+                f"waveflow_config.linear_prediction {model.linear_prediction}: expected less than "
+                f"data_config.filter_length {data.filter_length}"
             )
         return self
 

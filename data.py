@@ -221,6 +221,12 @@ def make_train_loader(config: Config, start_batch: int = 0, rank: int = 0, world
     return BatchLoader(dataset, train.num_workers, REMEDIES.worker_died, train.seed, batch_sampler=batches)
 
 
+def first_batch(config: Config) -> list[Tensor]:
+    """The first training batch, whole on every process: audio [B, T] and mel [B, M, F]."""
+    alone = config.train_config.model_copy(update={"num_workers": 0})
+    return next(iter(make_train_loader(config.model_copy(update={"train_config": alone}))))
+
+
 # --- command line ---------------------------------------------------------------------------------------------
 
 

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import WaveFlowConfig
+from config import DataConfig, WaveFlowConfig
 from fast.engine import SynthesisEngine
 from fast.estimators import Execution, FastFlows
 from harness.errors import InputError
 from harness.settings import parse_section
+from linear_prediction import LinearPrediction
 from modules import (
     Affine,
     Estimator,
@@ -57,11 +58,16 @@ TRANSFORMS = {"affine": Affine, "spline": Spline}
 class FlowVocoder(nn.Module):
     """Mel spectrogram to speech by n_flow invertible steps; forward is data to noise.
 
-    audio [B, T] in [-1, 1], mel [B, M, F]; T a multiple of n_height.
+    audio [B, T] in [-1, 1], mel [B, M, F]; T a multiple of n_height. With linear prediction, which needs to know what
+    the mel's numbers mean (data_config), the flows see its residual in place of the audio.
     """
 
-    def __init__(self, config: WaveFlowConfig) -> None:
+    def __init__(self, config: WaveFlowConfig, data_config: DataConfig | None = None) -> None:
         super().__init__()
+        if config.linear_prediction and data_config is None:
+            raise InputError(
+                "linear_prediction needs to know how the mel is made: build_model(waveflow_config, data_config)"
+            )
         self.config = config
         self.execution = Execution()  # how `forward` is computed, never what it gives
         shared = SHARING[config.coupling_type]
@@ -75,6 +81,9 @@ class FlowVocoder(nn.Module):
         if shared.embedding:
             self.flow_embedding = FlowEmbedding(n_flow, config.size_flow_embed, config.use_weightnorm_embed)
             self.gates = nn.ParameterList(torch.ones(config.n_layer, config.res_channels) for _ in range(n_flow))
+        self.linear_prediction = None
+        if config.linear_prediction:
+            self.linear_prediction = LinearPrediction(data_config, config.linear_prediction)
 
     def forward(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
         """The change of variables of WaveFlow, eq. 2: z [B, 1, h, T/h] and log|det dz/dx| [B]."""
@@ -83,8 +92,10 @@ class FlowVocoder(nn.Module):
                 f"audio of shape {list(audio.shape)} and mel of shape {list(mel.shape)}: expected [batch, samples] "
                 "and [batch, bands, frames]"
             )
-        x, conditioning = squeeze(audio.unsqueeze(1), self.config.n_height), self.condition(mel, audio.size(1))
-        log_det, flows = x.new_zeros(len(x)), self.flows()
+        conditioning, log_det = self.condition(mel, audio.size(1)), audio.new_zeros(len(audio))
+        if self.linear_prediction is not None:
+            audio, log_det = self.linear_prediction(audio, mel)
+        x, flows = squeeze(audio.unsqueeze(1), self.config.n_height), self.flows()
         fast = None if self.execution.plain else FastFlows(flows, self.execution)
         for flow in flows:
             x, flow_log_det = fast(flow, x, conditioning) if fast else flow.forward(x, conditioning)
@@ -101,12 +112,18 @@ class FlowVocoder(nn.Module):
         conditioning = self.condition(mel, x.size(2) * x.size(3))
         for flow in reversed(self.flows()):
             x = flow.inverse(x, conditioning)
-        return unsqueeze(x).squeeze(1)
+        audio = unsqueeze(x).squeeze(1)
+        return audio if self.linear_prediction is None else self.linear_prediction.inverse(audio, mel)
 
     @torch.no_grad()
     def reverse_fast(self, mel: Tensor, temp: float = 1.0, z: Tensor | None = None) -> Tensor:
         """Audio of `reverse` to 1e-4, through the engine of `fast/`; the model stays as it is."""
         return SynthesisEngine(self)(mel, self._noise(mel, temp, z))
+
+    def initialise(self, audio: Tensor, mel: Tensor) -> None:
+        """Fit to a first batch what depends on data: the scale of the linear prediction, where there is one."""
+        if self.linear_prediction is not None:
+            self.linear_prediction.initialise(audio, mel)
 
     def flows(self) -> list[Flow]:
         """The flows in the order of the likelihood, with what the variant lets them share."""
@@ -156,9 +173,16 @@ class FlowVocoder(nn.Module):
             raise InputError(f"mel of shape {list(mel.shape)}: expected [batch, {self.config.cin_channels}, frames]")
 
 
-def build_model(waveflow_config: dict[str, Any] | WaveFlowConfig) -> FlowVocoder:
-    """A freshly initialised vocoder from the `waveflow_config` section of an experiment file."""
-    return FlowVocoder(parse_section(WaveFlowConfig, waveflow_config, "waveflow_config."))
+def build_model(
+    waveflow_config: dict[str, Any] | WaveFlowConfig, data_config: dict[str, Any] | DataConfig | None = None
+) -> FlowVocoder:
+    """A freshly initialised vocoder from the `waveflow_config` section of an experiment file.
+
+    With linear prediction also from its `data_config`, which says how the mel is made.
+    """
+    if data_config is not None:
+        data_config = parse_section(DataConfig, data_config, "data_config.")
+    return FlowVocoder(parse_section(WaveFlowConfig, waveflow_config, "waveflow_config."), data_config)
 
 
 def row_orders(config: WaveFlowConfig) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

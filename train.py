@@ -22,7 +22,9 @@ from audio import MelSpectrogram, is_mel_file, read_mel, wav_length, write_wav
 from config import REMEDIES, Config, DataConfig, load_config
 from corpora.check import inspect_corpus, report_text, write_report
 from data import ClipDataset, load_synthesis_entry, output_names, overlap_warning, read_file_list
-from evaluation import clip_likelihoods, log_mel_distance, noise_like, save_mel_figure, summarise, write_likelihoods
+from evaluation.distance import log_mel_distance, noise_like
+from evaluation.likelihood import clip_likelihoods, summarise, write_likelihoods
+from evaluation.pictures import save_mel_figure
 from fast.engine import slow_precision_warning
 from harness.devices import choose_device, make_deterministic
 from harness.errors import InputError
@@ -195,7 +197,7 @@ def starting_point(config: Config, options: argparse.Namespace) -> dict[str, Any
         return _load(Path(path), config, sources=[Path(path)]) if path else None
     newest_first = ckpt.newest_checkpoints(path or config.run_folder, n)
     average = ckpt.average_checkpoints(newest_first, options.epsilon)
-    model = build_model(config.waveflow_config)
+    model = build_model(config.waveflow_config, config.data_config)
     ckpt.load_weights(model, average["model"])
     suffix = "" if options.epsilon is None else f"_epsilon{options.epsilon:g}"
     target = newest_first[0].with_name(f"{newest_first[0].name}_average{n}{suffix}")

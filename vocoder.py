@@ -208,7 +208,7 @@ def in_batches(items: Iterable[Item], size: Callable[[Item], float], limit: floa
 
 def trained_model(checkpoint: Mapping[str, Any], config: Config, name: str) -> FlowVocoder:
     """A model with the checkpoint's weights, on the CPU, in evaluation mode; InputError if they are of another."""
-    model = build_model(config.waveflow_config)
+    model = build_model(config.waveflow_config, config.data_config)
     weights = checkpoint["ema" if has_average(checkpoint, config) else "model"]
     ckpt.load_weights(model, weights, f"checkpoint {name}")
     return model.eval()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from config import Config
 from data import load_synthesis_entry, read_file_list
-from evaluation import log_mel_distance
+from evaluation.distance import log_mel_distance
 from fast.engine import slow_precision_warning
 from harness import terminal
 from vocoder import Clip, Vocoder

@@ -50,7 +50,7 @@ class Bench:
     def model(self) -> FlowVocoder:
         """The one model that all workloads but training share."""
         torch.manual_seed(0)
-        return build_model(self.config.waveflow_config).to(self.conditions.device)
+        return build_model(self.config.waveflow_config, self.config.data_config).to(self.conditions.device)
 
     def clip(self, seconds: float) -> tuple[Tensor, Tensor]:
         """A mel [B, M, F] and noise [B, 1, h, W] for at least `seconds` of audio."""

@@ -16,6 +16,7 @@ from fast.cpu_queues import ConvQueue
 from fast.gpu import GraphEngine
 from harness.devices import fast_bfloat16
 from harness.errors import InputError
+from linear_prediction import LinearPrediction
 from modules import CONTEXT_FRAMES, Flow, Upsampler
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -26,6 +27,7 @@ class Invertible(Protocol):
 
     config: WaveFlowConfig
     upsampler: Upsampler
+    linear_prediction: LinearPrediction | None
 
     def flows(self) -> list[Flow]:
         """Flows in the order of the likelihood."""
@@ -89,6 +91,7 @@ class SynthesisEngine:
         self.config = model.config
         self.dtype = parameter.dtype if precision is None else PRECISIONS[precision]
         upsampler = copy.deepcopy(model.upsampler).requires_grad_(False)
+        self.linear_prediction = copy.deepcopy(model.linear_prediction)
         if parameter.is_cuda:
             self.back_end = GraphEngine(model.flows(), upsampler, self.dtype)
         else:
@@ -110,7 +113,12 @@ class SynthesisEngine:
             raise InputError("no clips to synthesize; give at least one mel and its noise")
         for mel, z in clips:
             self._check(mel, z)
-        return self.back_end.synthesize_many(clips)
+        sounds = self.back_end.synthesize_many(clips)
+        if self.linear_prediction is None:
+            return sounds
+        return [
+            self.linear_prediction.inverse(e[None], mel[None])[0] for e, (mel, _) in zip(sounds, clips, strict=True)
+        ]
 
     def _check(self, mel: Tensor, z: Tensor) -> None:
         config = self.config

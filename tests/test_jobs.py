@@ -15,7 +15,7 @@ import vocoder
 from audio import MelSpectrogram, read_wav
 from config import load_config
 from data import ClipDataset, read_file_list
-from evaluation import clip_likelihoods
+from evaluation.likelihood import clip_likelihoods
 from fast.engine import SynthesisEngine
 from harness.errors import InputError
 from model import build_model

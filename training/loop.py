@@ -8,7 +8,8 @@ import torch
 from audio import write_wav
 from config import REMEDIES
 from data import ClipDataset, load_synthesis_entry
-from evaluation import ClipLikelihood, clip_likelihoods, mel_figure, summarise
+from evaluation.likelihood import ClipLikelihood, clip_likelihoods, summarise
+from evaluation.pictures import mel_figure
 from harness import terminal
 from harness.log import NoLog, RunLog
 from harness.loop import Loop, Step

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import checkpoint as ckpt
 from config import REMEDIES, Config
-from data import make_train_loader
+from data import first_batch, make_train_loader
 from fast.estimators import Execution
 from harness.bad_steps import BadSteps
 from harness.devices import data_parallel, gradients_stay
@@ -44,7 +44,7 @@ class Trainer:
         self.config, self.device, self.folder, self.spared = config, device, folder, spared
         train = config.train_config
         torch.manual_seed(train.seed)
-        self.model = build_model(config.waveflow_config).to(device)
+        self.model = build_model(config.waveflow_config, config.data_config).to(device)
         self.model.execution = Execution(compile=train.compile, checkpoint_activations=train.checkpoint_activations)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=train.learning_rate, fused=True)
         self.precision = make_precision(train, self.model, self.optimizer)
@@ -52,6 +52,8 @@ class Trainer:
         self.iteration, scheduled, bad_before = 0, 0, 0
         if start is not None:
             ckpt.load_weights(self.model, start["model"], f"checkpoint {start.get('name', '')}".rstrip())
+        elif config.waveflow_config.linear_prediction:
+            self.model.initialise(*(tensor.to(device) for tensor in first_batch(config)))
         self.average = MovingAverage(self.model, train.ema_decay) if train.ema_decay else None
         if start is not None and not warm:
             scheduled, bad_before = self._restore(start)

@@ -21,10 +21,10 @@ def small_config(coupling_type="nanoflow", **changes):
     return config
 
 
-def random_vocoder(coupling_type="nanoflow", seed=0, dtype=torch.float32, **changes):
+def random_vocoder(coupling_type="nanoflow", seed=0, dtype=torch.float32, data_config=None, **changes):
     """A vocoder whose every parameter matters, projections, gates and scales included."""
     torch.manual_seed(seed)
-    model = build_model(small_config(coupling_type, **changes)).to(dtype)
+    model = build_model(small_config(coupling_type, **changes), data_config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("transforms"):

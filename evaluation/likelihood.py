@@ -1,13 +1,12 @@
-"""How good a vocoder is: the likelihood of clips, the distance of a synthesis from its recording, pictures of mels."""
+"""Likelihood of clips under a vocoder, in nats per sample: each clip's, and their means."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -15,11 +14,6 @@ from data import ClipDataset
 from harness.files import written_whole
 from model import FlowVocoder
 from modules import gaussian_log_density
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# --- likelihood -------------------------------------------------------------------------------------------
 
 
 class ClipLikelihood(NamedTuple):
@@ -78,39 +72,3 @@ def clip_likelihoods(
         per_sample = log_det.item() / len(audio)
         results.append(ClipLikelihood(path, len(audio), prior + per_sample, prior, per_sample))
     return results
-
-
-# --- a synthesis beside its recording ---------------------------------------------------------------------
-
-
-def log_mel_distance(mel: Tensor, reference: Tensor) -> float:
-    """Mean absolute difference of two log-mel spectrograms [80, F] over their common frames, in nats."""
-    frames = min(mel.size(1), reference.size(1))
-    return (mel[:, :frames] - reference[:, :frames]).abs().mean().item()
-
-
-def noise_like(audio: Tensor) -> Tensor:
-    """White noise [T] of the recording's power: what a synthesis must be better than."""
-    noise = torch.randn(len(audio), generator=torch.Generator().manual_seed(0))
-    return noise * audio.square().mean().sqrt().cpu()
-
-
-def mel_figure(mels: Mapping[str, Tensor]) -> "Figure":
-    """Matplotlib figure of mel spectrograms [80, F] by name, one under the other, on one colour scale."""
-    from matplotlib.figure import Figure  # slow to import
-
-    low = min(mel.min().item() for mel in mels.values())
-    high = max(mel.max().item() for mel in mels.values())
-    figure = Figure(figsize=(10, 2.6 * len(mels)), layout="constrained")
-    for index, (name, mel) in enumerate(mels.items()):
-        axes = figure.add_subplot(len(mels), 1, index + 1)
-        image = axes.imshow(mel.float().cpu().numpy(), origin="lower", aspect="auto", vmin=low, vmax=high)
-        axes.set(title=name, xlabel="frame", ylabel="mel band")
-        figure.colorbar(image, ax=axes, label="log magnitude")
-    return figure
-
-
-def save_mel_figure(path: Path, mels: Mapping[str, Tensor]) -> None:
-    """Write that figure as a PNG file, whole or not at all."""
-    with written_whole(path) as temporary:
-        mel_figure(mels).savefig(temporary, format="png", dpi=100)

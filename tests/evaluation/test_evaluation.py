@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import ClipLikelihood, log_mel_distance, noise_like, save_mel_figure, summarise, write_likelihoods
+from evaluation.distance import log_mel_distance, noise_like
+from evaluation.likelihood import ClipLikelihood, summarise, write_likelihoods
+from evaluation.pictures import save_mel_figure
 
 CLIPS = [ClipLikelihood("a.wav", 100, 4.0, -1.0, 5.0), ClipLikelihood("b.wav", 300, 2.0, -1.5, 3.5)]
 
