@@ -6,19 +6,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = tuple(
-    [
-        "fast",
-        "evaluation",
-        "synthesis",
-        "training",
-        "harness",
-        "corpora",
-        "benchmark",
-        "experiments",
-        "image_density_experiments",
-    ]
-)
+PACKAGES = [
+    "fast",
+    "evaluation",
+    "synthesis",
+    "training",
+    "harness",
+    "corpora",
+    "benchmark",
+    "experiments",
+    "image_density_experiments",
+]
 # From the ground up; a room imports its own floor's package and those below, never above.
 FLOORS = [
     {"harness"},
