@@ -201,8 +201,8 @@ class Saver:
             path = self.trained.save()
         except OSError as error:
             self.failed = True
-            terminal.warn(
-                f"the checkpoint of iteration {self.trained.iteration} was not saved "
+            terminal.say(  # on stdout, among the reports of the run
+                f"warning: the checkpoint of iteration {self.trained.iteration} was not saved "
                 f"({error.strerror or error}); the older ones are intact"
             )
             return

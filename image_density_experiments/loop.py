@@ -110,4 +110,4 @@ class ImageLoop(Loop):
         try:
             save_samples(path, trainer.model, self.temperatures, trainer.options.seed)
         except OSError as error:
-            terminal.warn(f"the samples were not written ({error.strerror or error})")
+            terminal.say(f"warning: the samples were not written ({error.strerror or error})")

@@ -100,7 +100,7 @@ class VocoderLoop(Loop):
         try:
             self._synthesize_first()
         except OSError as error:
-            terminal.warn(f"the sample was not written ({error.strerror or error})")
+            terminal.say(f"warning: the sample was not written ({error.strerror or error})")
 
     def _synthesize_first(self) -> None:
         trainer, data = self.trained, self.trained.config.data_config

@@ -123,7 +123,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, capsys):
     run = Filling(model, last=10)
     assert run.run()
     assert model.saved == [4, 10] and not run.saver.failed
-    assert "the checkpoint of iteration 8 was not saved (No space left on device)" in capsys.readouterr().err
+    assert "the checkpoint of iteration 8 was not saved (No space left on device)" in capsys.readouterr().out
     assert not Filling(model, last=12).run()  # the last one is missing
 
 
