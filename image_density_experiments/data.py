@@ -75,25 +75,21 @@ class QuantisedImages(Dataset):
         return quantise(image, self.n_bits), label
 
 
+def training_images(data: ImageData, n_bits: int, seed: int, augmented: bool) -> QuantisedImages:
+    """The images to train on, changed anew in every epoch as their dataset allows, if `augmented`."""
+    return QuantisedImages(data.train, n_bits, seed, data.shift and augmented, data.flip and augmented)
+
+
 def make_train_loader(
-    data: ImageData,
-    n_bits: int,
-    batch_size: int,
-    seed: int,
-    n_workers: int,
-    augmented: bool,
-    start_batch: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    images: QuantisedImages, batch_size: int, n_workers: int, start_batch: int = 0, rank: int = 0, world_size: int = 1
 ) -> BatchLoader:
     """Endless shuffled training batches (x [B, C, H, W], labels [B]) from batch number `start_batch` on.
 
     Of several processes each gets its part of the same batches.
     """
-    dataset = QuantisedImages(data.train, n_bits, seed, data.shift and augmented, data.flip and augmented)
-    check_batch_size(batch_size, len(dataset), world_size, "--batch_size", "training images")
-    batches = ShuffledBatches(len(dataset), batch_size, seed, start_batch, rank, world_size)
-    return BatchLoader(dataset, n_workers, REMEDIES.worker_died, batch_sampler=batches)
+    check_batch_size(batch_size, len(images), world_size, "--batch_size", "training images")
+    batches = ShuffledBatches(len(images), batch_size, images.seed, start_batch, rank, world_size)
+    return BatchLoader(images, n_workers, REMEDIES.worker_died, batch_sampler=batches)
 
 
 def test_batches(split: Split, n_bits: int, batch_size: int, n_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 import checkpoint as root_checkpoint
 from harness.bad_steps import BadSteps, step_if_finite
+from harness.batches import BatchLoader
 from harness.devices import data_parallel
 from harness.processes import mean, rank, share_of_batch, world_size
 from image_density_experiments import checkpoint as ckpt
-from image_density_experiments.data import make_train_loader
+from image_density_experiments.data import make_train_loader, training_images
 from image_density_experiments.datasets import ImageData
 from image_density_experiments.evaluation import half_precision, one_hot
 from image_density_experiments.model import ImageFlow
@@ -51,19 +52,10 @@ class Trainer:
         # After initialising: replicas cannot. Not every type's step uses all of its gates.
         self.parallel = data_parallel(model.train(), self.device, find_unused=True)
 
-    def _make_loader(self, start_batch: int, n_workers: int, rank: int = 0, world_size: int = 1) -> Any:
+    def _make_loader(self, start_batch: int, n_workers: int, rank: int = 0, world_size: int = 1) -> BatchLoader:
         options = self.options
-        return make_train_loader(
-            self.data,
-            self.model.config.n_bits,
-            options.batch_size,
-            options.seed,
-            n_workers,
-            options.augmented,
-            start_batch,
-            rank,
-            world_size,
-        )
+        images = training_images(self.data, self.model.config.n_bits, options.seed, options.augmented)
+        return make_train_loader(images, options.batch_size, n_workers, start_batch, rank, world_size)
 
     def _images_of(self, step: int) -> list[str]:
         files = getattr(self.data.train.images, "files", None)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from image_density_experiments.data import augment, make_train_loader, quantise, to_pixels
+from image_density_experiments.data import augment, make_train_loader, quantise, to_pixels, training_images
 from image_density_experiments.datasets import ImageData, Split
 
 ALL_VALUES = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
@@ -46,11 +46,12 @@ def test_half_of_the_images_are_mirrored():
     assert 70 < mirrored < 130
 
 
-def batches(n, **changes):
+def batches(n, augmented=True, **changes):
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
     data = ImageData(Split(images, np.arange(10)), Split(images), shift=True, flip=True)
-    options = {"n_bits": 8, "batch_size": 4, "seed": 1, "n_workers": 0, "augmented": True, **changes}
-    loader = make_train_loader(data, **options)
+    loader = make_train_loader(
+        training_images(data, n_bits=8, seed=1, augmented=augmented), **{"batch_size": 4, "n_workers": 0, **changes}
+    )
     return [batch for batch, _ in zip(loader, range(n), strict=False)]
 
 
