@@ -27,7 +27,7 @@ LINE_SECONDS = 30.0  # from one line to the next where there is no terminal to d
 
 
 class Trained(Protocol):
-    """What the loop trains: a model with everything that a checkpoint must hold to go on exactly."""
+    """A model that the loop can train, with everything that a checkpoint must hold to go on exactly."""
 
     device: torch.device
     loader: Iterable[Sequence[Any]]  # endless batches, from that of the next step on
@@ -158,7 +158,7 @@ class Loop(ABC):
 
 
 class Progress:
-    """What is seen of a run between milestones: a bar on a terminal, elsewhere a line now and then."""
+    """Display of a run between milestones: a bar on a terminal, elsewhere a line now and then."""
 
     def __init__(self, loop: Loop, iteration: int) -> None:
         self.loop = loop

@@ -22,7 +22,7 @@ from image_density_experiments.model import build_model, count_parameters
 
 
 class Run(NamedTuple):
-    """What a run's folder says of it."""
+    """Facts that the folder of a run gives."""
 
     name: str
     model_type: str
@@ -76,7 +76,7 @@ def print_table(runs: Sequence[Run]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Compare the runs of a command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument("--curves", type=Path, metavar="PNG", help="draw the training curves here")

@@ -109,7 +109,7 @@ def spread_images(model: ImageFlow, split: Split, n: int) -> Tensor:
 
 
 def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
-    """How often an image from outside has more bits per dimension than one from inside: 0.5 is chance, 1 perfect."""
+    """Share of pairs in which the image from outside has more bits per dimension: 0.5 is chance, 1 perfect."""
     from sklearn.metrics import roc_auc_score  # slow to import
 
     is_outside = np.repeat([0, 1], [len(inside), len(outside)])

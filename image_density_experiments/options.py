@@ -40,7 +40,7 @@ class TrainOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What one command is asked to do; `model` holds those flags of the architecture that were given."""
+    """One command, checked; `model` holds those flags of the architecture that were given."""
 
     job: str  # "train" or one of JOBS
     model: Mapping[str, Any]

@@ -150,7 +150,7 @@ def compare_datasets(options: Options, device: torch.device) -> int:
 
 
 def starting_point(model: Path | None, optimizer: Path | None = None) -> dict[str, Any] | None:
-    """What --saved_model and --saved_optimizer hold; of a folder, its newest checkpoint that can be read."""
+    """Contents of --saved_model and --saved_optimizer; of a folder, its newest checkpoint that can be read."""
     if model is None:
         if optimizer is not None:
             raise InputError("--saved_optimizer belongs to a model; give --saved_model with it")
