@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -40,7 +39,7 @@ from harness.processes import (
     world_size,
 )
 from harness.stopping import StopRequest, exit_status
-from model import FlowVocoder, build_model, count_parameters
+from model import FlowVocoder, count_parameters
 from training.loop import train_until
 from training.precision import slow_half_warning
 from training.trainer import Trainer
@@ -54,14 +53,13 @@ def train(config: Config, options: argparse.Namespace, device: torch.device) -> 
     stop = StopRequest(options.max_hours)
     folder = config.run_folder
     with held_by_main(locked_run(folder)):
-        start = on_main(lambda: starting_point(config, options))
+        start = on_main(lambda: ckpt.starting_point(config, _start(options, must_write=True)))
         if options.warm_start and start is None:
             raise InputError("--warm_start takes weights from a checkpoint: --set train_config.checkpoint_path=FILE")
         if not options.resume:
-            first = 0 if start is None or options.warm_start else start["iteration"]
+            first = 0 if start is None or options.warm_start else start.iteration
             on_main(lambda: _refuse_to_overwrite(folder, first))
-        spared = start["sources"] if start else ()
-        trainer = Trainer(config, device, folder, start, warm=options.warm_start, spared=spared)
+        trainer = Trainer(config, device, folder, start, warm=options.warm_start)
         training_files, test_files = trainer.loader.dataset.files, read_file_list(config.data_config.test_files)
         for warning in (overlap_warning(training_files, test_files), slow_half_warning(config.train_config, device)):
             if warning and is_main():
@@ -184,73 +182,25 @@ def _compare(folder: Path, sound: Sound, mel_fn: MelSpectrogram) -> None:
 # --- where to start ---------------------------------------------------------------------------------------
 
 
-def starting_point(config: Config, options: argparse.Namespace) -> dict[str, Any] | None:
-    """The checkpoint to start from: the one named, the average of the newest N, or None for fresh weights.
-
-    `sources` are the files named or asked for, which `keep_checkpoints` spares.
-    """
-    path = config.train_config.checkpoint_path
-    n = options.average_checkpoint
-    if options.resume and (newest := _newest_whole(config)):
-        return newest
-    if n is None:
-        return _load(Path(path), config, sources=[Path(path)]) if path else None
-    newest_first = ckpt.newest_checkpoints(path or config.run_folder, n)
-    average = ckpt.average_checkpoints(newest_first, options.epsilon)
-    model = build_model(config.waveflow_config, config.data_config)
-    ckpt.load_weights(model, average["model"])
-    suffix = "" if options.epsilon is None else f"_epsilon{options.epsilon:g}"
-    target = newest_first[0].with_name(f"{newest_first[0].name}_average{n}{suffix}")
-    entries = {key: value for key, value in average.items() if key != "model"}
-    written = _write_average(target, model, entries, needed=not (options.evaluate or options.synthesize))
-    print(f"average of {', '.join(path.name for path in newest_first)}{f': {target}' if written else ''}")
-    start = _load(newest_first[0], config, sources=newest_first)
-    start.pop("ema", None)  # of the newest alone
-    return {**start, "model": average["model"], "name": target.name}
-
-
-def _write_average(target: Path, model: FlowVocoder, entries: dict[str, Any], needed: bool) -> bool:
-    """Whether the average could be written; a job that only reads does without, training does not."""
-    try:
-        ckpt.save_checkpoint(target, model, **entries)
-    except OSError as error:
-        if needed:
-            raise
-        print(f"warning: the average could not be written to {target} ({error.strerror or error})", file=sys.stderr)
-        return False
-    return True
-
-
-def _load(path: Path, config: Config, sources: Sequence[Path] = ()) -> dict[str, Any]:
-    start = ckpt.load_checkpoint(path)
-    ckpt.check_config(start, config, str(path))
-    own = path.resolve().parent == config.run_folder.resolve()
-    name = path.name if own else f"{path.resolve().parent.name}_{path.name}"  # results of others do not meet its own
-    return {**start, "name": name, "sources": sources}
-
-
-def _newest_whole(config: Config) -> dict[str, Any] | None:
-    """The run's newest checkpoint that can be read, reporting the broken ones; None where there is none yet."""
-    for path in ckpt.list_checkpoints(config.run_folder):
-        try:
-            ckpt.load_checkpoint(path)
-        except InputError as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr)
-        else:
-            return _load(path, config)
-    return None
+def _start(options: argparse.Namespace, must_write: bool) -> ckpt.Start:
+    return ckpt.Start(
+        resume=options.resume is not None,
+        average=options.average_checkpoint,
+        epsilon=options.epsilon,
+        must_write=must_write,
+    )
 
 
 def _load_model(config: Config, options: argparse.Namespace, device: torch.device) -> tuple[FlowVocoder, str]:
-    start = on_main(lambda: starting_point(config, options) or _newest_whole(config))
+    start = on_main(lambda: ckpt.starting_point(config, _start(options, must_write=False)) or ckpt.newest_whole(config))
     if start is None:
         raise InputError(
             f"no checkpoint in {config.run_folder}; train first, or name one: --set train_config.checkpoint_path=FILE"
         )
     averaged = ", moving average" if has_average(start, config) else ""
-    print(f"weights: {start['name']}, iteration {start['iteration']}{averaged}")
+    print(f"weights: {start.name}, iteration {start.iteration}{averaged}")
     torch.backends.cudnn.allow_tf32 = False  # likelihoods and audio as exact as on the CPU
-    return trained_model(start, config, start["name"]).to(device), start["name"]
+    return trained_model(start, config).to(device), start.name
 
 
 def _refuse_to_overwrite(folder: Path, iteration: int) -> None:

@@ -10,11 +10,11 @@ Many clips go through the engine a few at once, and each sounds as it does alone
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import checkpoint as ckpt
 from audio import MelSpectrogram, check_mel, resample, rescale
 from config import Config, DataConfig, config_from_dict, load_config
 from fast.engine import SynthesisEngine, slow_precision_warning
+from harness.checkpoints import newest_whole
 from harness.devices import choose_device
 from harness.errors import InputError
 from model import FlowVocoder, build_model
@@ -91,16 +92,15 @@ class Vocoder:
             config = load_config(config)
         if isinstance(path, Config) or Path(path).suffix == ".json":
             config = path if isinstance(path, Config) else load_config(path)
-            path, content = _newest_whole(config.run_folder)
+            checkpoint = _newest_whole(config.run_folder)
         else:
-            path = Path(path)
-            path, content = _newest_whole(path) if path.is_dir() else (path, ckpt.load_checkpoint(path))
-        config = _config_of(path, content, config)
+            checkpoint = _newest_whole(Path(path)) if Path(path).is_dir() else ckpt.read_checkpoint(path)
+        config = _config_of(checkpoint, config)
         device = choose_device(None if device is None else str(device))
         if warning := slow_precision_warning(precision, device):
             warnings.warn(warning, stacklevel=2)
-        model = trained_model(content, config, str(path)).to(device)
-        return cls(model, config.data_config, precision, path.name)
+        model = trained_model(checkpoint, config).to(device)
+        return cls(model, config.data_config, precision, checkpoint.name)
 
     @property
     def sampling_rate(self) -> int:
@@ -206,36 +206,36 @@ def in_batches(items: Iterable[Item], size: Callable[[Item], float], limit: floa
         yield batch
 
 
-def trained_model(checkpoint: Mapping[str, Any], config: Config, name: str) -> FlowVocoder:
+def trained_model(checkpoint: ckpt.Checkpoint, config: Config) -> FlowVocoder:
     """A model with the checkpoint's weights, on the CPU, in evaluation mode; InputError if they are of another."""
     model = build_model(config.waveflow_config, config.data_config)
-    weights = checkpoint["ema" if has_average(checkpoint, config) else "model"]
-    ckpt.load_weights(model, weights, f"checkpoint {name}")
+    weights = checkpoint.average if has_average(checkpoint, config) else checkpoint.weights
+    ckpt.load_weights(model, weights, f"checkpoint {checkpoint.name}")
     return model.eval()
 
 
-def has_average(checkpoint: Mapping[str, Any], config: Config) -> bool:
+def has_average(checkpoint: ckpt.Checkpoint, config: Config) -> bool:
     """Whether a moving average of the weights is what the run meant to be used, and is there."""
-    return config.train_config.ema_decay > 0 and "ema" in checkpoint
+    return config.train_config.ema_decay > 0 and checkpoint.average is not None
 
 
-def _newest_whole(folder: Path) -> tuple[Path, dict[str, Any]]:
-    for path in ckpt.list_checkpoints(folder):
-        try:
-            return path, ckpt.load_checkpoint(path)
-        except InputError as error:
-            warnings.warn(f"{error}; trying the one before", stacklevel=3)
-    raise InputError(f"no checkpoint in {folder} that can be read; train first, or name a file")
+def _newest_whole(folder: Path) -> ckpt.Checkpoint:
+    warn = partial(warnings.warn, stacklevel=4)
+    newest = newest_whole(folder, ckpt.FILE_NAME, ckpt.read_checkpoint, warn)
+    if newest is None:
+        raise InputError(f"no checkpoint in {folder} that can be read; train first, or name a file")
+    return newest
 
 
-def _config_of(path: Path, content: Mapping[str, Any], given: Config | None) -> Config:
+def _config_of(checkpoint: ckpt.Checkpoint, given: Config | None) -> Config:
     """The config that is given, which must agree with the checkpoint, or its own, or that in its folder."""
+    path = checkpoint.path
     if given is not None:
-        ckpt.check_config(content, given, str(path))
+        ckpt.check_config(checkpoint, given)
         return given
-    if isinstance(content.get("config"), dict):
+    if checkpoint.config is not None:
         try:
-            return config_from_dict(content["config"])
+            return config_from_dict(dict(checkpoint.config))
         except InputError as error:
             raise InputError(f"checkpoint {path}: its config is damaged ({error}); pass config=FILE") from None
     if (path.parent / "config.json").is_file():

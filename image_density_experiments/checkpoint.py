@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from checkpoint import load_strictly, read_torch_file, save_whole
+from harness import checkpoints
 from harness.errors import InputError, Remedies
 
 FILE_NAME = re.compile(r"glow_model_(\d+)\.pt")
@@ -95,7 +96,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                 "the weights hold no shuffles (published files lack them), and with others they are another model; "
                 f"add each permutation to the state dict, as in {to_published(name, model.config)!r}"
             )
-    load_strictly(model, weights)
+    checkpoints.load_strictly(model, weights)
 
 
 def _our_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -116,7 +117,7 @@ def parameter_order(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[
 def save_checkpoint(path: str | Path, model: nn.Module, **entries: Any) -> None:
     """Write the weights under the published names, with further entries, whole or not at all."""
     weights = {to_published(name, model.config): value for name, value in model.state_dict().items()}
-    save_whole(path, {"model": weights, **entries})
+    checkpoints.save_whole(path, {"model": weights, **entries})
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Returns a dict with `model`, a state dict for `load_weights`, and the file's other entries. Raises InputError.
     """
-    content = read_torch_file(path)
+    content = checkpoints.read_torch_file(path)
     checkpoint = content if isinstance(content, dict) and "model" in content else {"model": content}
     weights = checkpoint["model"]
     if not isinstance(weights, Mapping) or not weights:
@@ -132,3 +133,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
         raise InputError(f"checkpoint {path}: its weights are not named tensors; expected a state dict")
     return checkpoint
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, start: Mapping[str, Any]) -> None:
+    """Restore the optimizer of `model` from what `load_checkpoint` returned; InputError where it does not fit."""
+    order = parameter_order(model, start["model"])
+    checkpoints.load_optimizer(optimizer, model, start["optimizer"], order, REMEDIES.weights_only)
+
+
+def restore_random_state(state: Any, device: torch.device) -> None:
+    """Go on with the random numbers of a saved `training_state`; InputError where it is damaged."""
+    if not isinstance(state, Mapping):
+        raise InputError(f"the checkpoint's training state is damaged; {REMEDIES.weights_only}")
+    checkpoints.restore_random_state(state, device, REMEDIES.weights_only)
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Checkpoints of a run, newest first."""
+    return checkpoints.list_checkpoints(folder, FILE_NAME)
+
+
+def newest_checkpoint(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run that can be read, as `load_checkpoint` returns it, and its `path`."""
+    read = checkpoints.newest_whole(folder, FILE_NAME, lambda path: {**load_checkpoint(path), "path": path})
+    if read is None:
+        raise InputError(f"{folder}: holds no checkpoint glow_model_<iteration>.pt; train first, or name a file")
+    return read

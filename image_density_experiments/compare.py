@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import list_checkpoints
 from harness.errors import InputError
 from harness.stopping import exit_status
-from image_density_experiments.checkpoint import FILE_NAME, load_checkpoint
+from image_density_experiments.checkpoint import list_checkpoints, load_checkpoint
 from image_density_experiments.figures import save_curves
 from image_density_experiments.loop import EPOCH_FILE, STEP_FILE
 from image_density_experiments.model import build_model, count_parameters
@@ -36,7 +35,7 @@ class Run(NamedTuple):
 
 def read_run(folder: Path) -> Run:
     """Raises InputError where the folder holds no run with an epoch done."""
-    checkpoints = list_checkpoints(folder, FILE_NAME)
+    checkpoints = list_checkpoints(folder)
     epochs = _rows(folder / EPOCH_FILE)
     if not checkpoints or not epochs:
         raise InputError(f"{folder}: holds no run with a whole epoch; train it first")

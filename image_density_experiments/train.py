@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import list_checkpoints, read_torch_file
 from harness import terminal
+from harness.checkpoints import read_torch_file
 from harness.devices import choose_device
 from harness.errors import InputError
 from harness.folder import clear, locked_run, record_start, require_empty, require_only
@@ -155,21 +155,12 @@ def starting_point(model: Path | None, optimizer: Path | None = None) -> dict[st
         if optimizer is not None:
             raise InputError("--saved_optimizer belongs to a model; give --saved_model with it")
         return None
-    start = _newest_whole(model) if model.is_dir() else {**ckpt.load_checkpoint(model), "path": model}
+    start = ckpt.newest_checkpoint(model) if model.is_dir() else {**ckpt.load_checkpoint(model), "path": model}
     if optimizer is None:
         return start
     number = re.search(r"_(\d+)$", model.stem)  # published files are numbered by epochs
     epoch = {"epoch": int(number[1])} if number else {}
     return {**epoch, **start, "optimizer": read_torch_file(optimizer)}
-
-
-def _newest_whole(folder: Path) -> dict[str, Any]:
-    for path in list_checkpoints(folder, ckpt.FILE_NAME):
-        try:
-            return {**ckpt.load_checkpoint(path), "path": path}
-        except InputError as error:
-            terminal.warn(f"{error}; trying the one before")
-    raise InputError(f"{folder}: holds no checkpoint glow_model_<iteration>.pt; train first, or name a file")
 
 
 def _make_model(options: Options, start: dict[str, Any] | None, data: ImageData, device: torch.device) -> ImageFlow:

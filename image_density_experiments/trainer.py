@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint as root_checkpoint
 from harness.bad_steps import BadSteps, step_if_finite
 from harness.batches import BatchLoader
+from harness.checkpoints import keep_newest, random_state
 from harness.devices import data_parallel
 from harness.processes import mean, rank, share_of_batch, world_size
 from image_density_experiments import checkpoint as ckpt
@@ -66,11 +66,10 @@ class Trainer:
         """Go on where a checkpoint was written; returns the bad steps just before it."""
         if "optimizer" not in start:
             return 0
-        order = ckpt.parameter_order(self.model, start["model"])
-        root_checkpoint.load_optimizer(self.optimizer, self.model, {**start, "parameter_order": order})
+        ckpt.load_optimizer(self.optimizer, self.model, start)
         self.iteration = start.get("iteration", start.get("epoch", 0) * self.batches_per_epoch)
         state = start.get("training_state", {})  # absent from published files
-        root_checkpoint.restore_random_state(state, self.device)
+        ckpt.restore_random_state(state, self.device)
         self._bits = state.get("epoch_bits", 0.0)
         self._good_steps = state.get("epoch_steps", self.iteration % self.batches_per_epoch)
         return state.get("bad_steps", 0)
@@ -162,11 +161,11 @@ class Trainer:
                 "epoch_bits": self._bits,
                 "epoch_steps": self._good_steps,
                 "bad_steps": self.bad_steps.in_a_row,
-                **root_checkpoint.random_state(self.device),
+                **random_state(self.device),
             },
         )
         return path
 
     def prune(self, newest: Path) -> None:
         """Remove all checkpoints up to `newest` but the newest ones."""
-        root_checkpoint.keep_newest(newest, KEPT_CHECKPOINTS, file_name=ckpt.FILE_NAME)
+        keep_newest(newest, KEPT_CHECKPOINTS, ckpt.FILE_NAME)

@@ -47,7 +47,7 @@ def test_a_saved_vocoder_comes_back_the_same(tmp_path):
 
 @pytest.mark.parametrize("folder", ["", "dataparallel"])
 def test_published_optimizer_state_reaches_the_parameters_it_belongs_to(folder):
-    checkpoint = ckpt.load_checkpoint(GOLDEN / folder / "waveflow_60")
+    checkpoint = ckpt.read_checkpoint(GOLDEN / folder / "waveflow_60")
     raw = torch.load(GOLDEN / "waveflow_60", weights_only=True)
     model = random_vocoder(res_channels=8, n_height=16, n_flow=4, size_flow_embed=16)
     optimizer = torch.optim.Adam(model.parameters())
@@ -58,7 +58,7 @@ def test_published_optimizer_state_reaches_the_parameters_it_belongs_to(folder):
 
 
 def test_optimizer_state_of_another_model_is_refused():
-    checkpoint = ckpt.load_checkpoint(GOLDEN / "waveflow_60")
+    checkpoint = ckpt.read_checkpoint(GOLDEN / "waveflow_60")
     model = random_vocoder("waveflow")
     with pytest.raises(InputError, match="optimizer state does not fit"):
         ckpt.load_optimizer(torch.optim.Adam(model.parameters()), model, checkpoint)
@@ -203,3 +203,45 @@ def test_only_the_newest_checkpoints_stay_and_those_being_averaged(config, tmp_p
     assert iterations(folder) == [6, 5, 3, 2]  # of the average: 3 and 2
     assert run("-c", path, *keep, "--resume", "latest", "--max_iterations", 7) == 0
     assert iterations(folder) == [7, 6]
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """A function of a command's arguments: the names of the torch files that it reads, in order."""
+    names, load = [], torch.load
+
+    def noted(file, **options):
+        names.append(Path(file.name).name)
+        return load(file, **options)
+
+    def of(*arguments):
+        names.clear()
+        assert run(*arguments) == 0
+        return list(names)
+
+    monkeypatch.setattr(torch, "load", noted)
+    return of
+
+
+def test_each_job_reads_a_checkpoint_once(trained, reads):
+    path, _ = trained
+    assert reads("-c", path, "--evaluate") == ["waveflow_8"]
+    assert reads("-c", path, "--synthesize") == ["waveflow_8"]
+    assert reads("-c", path, "--resume", "latest", "--max_iterations", 9) == ["waveflow_8"]
+    for epsilon in ([], ["-e", 0.3]):
+        assert reads("-c", path, "--evaluate", "-a", 3, *epsilon) == ["waveflow_9", "waveflow_8", "waveflow_4"]
+
+
+def test_a_damaged_newest_file_is_passed_over_in_one_reading(trained, reads, capsys):
+    path, folder = trained
+    (folder / "waveflow_9").write_bytes((folder / "waveflow_8").read_bytes()[:5000])
+    assert reads("-c", path, "--evaluate") == ["waveflow_8"]  # the other is refused before torch reads it
+    assert "waveflow_9: refused, damaged" in capsys.readouterr().err
+
+
+def test_weights_by_epsilon_follow_the_iterations(tmp_path):
+    paths = [save_constant(tmp_path, iteration, value) for iteration, value in ((9, 1.0), (10, 2.0))]
+    swapped = [path.rename(path.with_name(f"copy{path.name}")) for path in paths]
+    with pytest.raises(InputError, match="of iteration 10, after one of 9; newest first"):
+        ckpt.average_checkpoints(swapped, epsilon=0.3)
+    assert ckpt.average_checkpoints(swapped[::-1], epsilon=0.3)["iteration"] == 10

@@ -46,7 +46,8 @@ def final_weights(folder, iteration):
 
 def test_the_trainer_follows_the_published_trajectory(config, tmp_path):
     data = read(GOLDEN / "training_nanoflow.npz")
-    start = {"model": golden_model(data).state_dict()}
+    weights = golden_model(data).state_dict()
+    start = ckpt.Checkpoint(path=Path("golden"), name="golden", iteration=0, weights=weights)
     sections = {f"waveflow_config__{k}": v for k, v in json.loads(str(data["waveflow_config"])).items()}
     path = config(train_config__learning_rate=1e-3, train_config__lr_decay_step=8, train_config__lr_decay_gamma=0.5,
                   **sections)  # fmt: skip

@@ -3,10 +3,9 @@
 Among several processes each does its share of every step; the main one writes.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from config import REMEDIES, Config
 from data import first_batch, make_train_loader
 from fast.estimators import Execution
 from harness.bad_steps import BadSteps
+from harness.checkpoints import load_plain, random_state, restore_random_state
 from harness.devices import data_parallel, gradients_stay
 from harness.errors import InputError
 from harness.processes import mean, rank, world_size
@@ -28,8 +28,8 @@ from training.precision import make_precision
 class Trainer:
     """One training run: the model, its optimizer, its place in the schedule and in the data.
 
-    start: what `load_checkpoint` returned, or None for fresh weights; with `warm`, only its weights are taken.
-    spared: checkpoints that `keep_checkpoints` must not remove.
+    start: where it goes on, or None for fresh weights; with `warm`, only its weights are taken. Its sources are not
+    removed by `keep_checkpoints`.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Trainer:
         config: Config,
         device: torch.device,
         folder: Path,
-        start: dict[str, Any] | None,
+        start: ckpt.Checkpoint | None,
         warm: bool,
-        spared: Collection[Path] = (),
     ) -> None:
-        self.config, self.device, self.folder, self.spared = config, device, folder, spared
+        self.config, self.device, self.folder = config, device, folder
+        self.spared = () if start is None else start.sources
         train = config.train_config
         torch.manual_seed(train.seed)
         self.model = build_model(config.waveflow_config, config.data_config).to(device)
@@ -51,7 +51,7 @@ class Trainer:
         self.loss = FlowLoss(train.sigma)
         self.iteration, scheduled, bad_before = 0, 0, 0
         if start is not None:
-            ckpt.load_weights(self.model, start["model"], f"checkpoint {start.get('name', '')}".rstrip())
+            ckpt.load_weights(self.model, start.weights, f"checkpoint {start.name}")
         elif config.waveflow_config.linear_prediction:
             self.model.initialise(*(tensor.to(device) for tensor in first_batch(config)))
         self.average = MovingAverage(self.model, train.ema_decay) if train.ema_decay else None
@@ -81,22 +81,22 @@ class Trainer:
     def _files_of(self, step: int) -> list[str]:
         return [self.loader.dataset.files[index] for _, index in self.loader.batch_sampler.batch(step)]
 
-    def _restore(self, start: dict[str, Any]) -> tuple[int, int]:
+    def _restore(self, start: ckpt.Checkpoint) -> tuple[int, int]:
         """Go on where a checkpoint was written; returns its place in the schedule, and the bad steps just before it."""
-        if "optimizer" not in start or "scheduler" not in start:
+        if start.optimizer is None or start.scheduler is None:
             raise InputError(
                 "the checkpoint holds weights only, no optimizer state to resume from; start from it with --warm_start"
             )
-        self.iteration = start["iteration"]
+        self.iteration = start.iteration
         ckpt.load_optimizer(self.optimizer, self.model, start)
-        if self.average is not None and "ema" in start:
-            self.average.load(start["ema"])
-        state = start.get("training_state", {})  # absent from published files
+        if self.average is not None and start.average is not None:
+            self.average.load(start.average)
+        state = start.training_state  # absent from published files
         if not isinstance(state, dict) or type(state.get("bad_steps", 0)) is not int:
-            raise InputError("the checkpoint's training state is damaged; --warm_start takes its weights only")
-        ckpt.load_plain(self.precision, state.get("precision", {}))
-        ckpt.restore_random_state(state, self.device)
-        return scheduled_steps(start["scheduler"]), state.get("bad_steps", 0)
+            raise InputError(f"the checkpoint's training state is damaged; {REMEDIES.weights_only}")
+        load_plain(self.precision, state.get("precision", {}), REMEDIES.weights_only)
+        restore_random_state(state, self.device, REMEDIES.weights_only)
+        return scheduled_steps(start.scheduler), state.get("bad_steps", 0)
 
     # --- the step -----------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class Trainer:
             training_state={
                 "precision": self.precision.state_dict(),
                 "bad_steps": self.bad_steps.in_a_row,
-                **ckpt.random_state(self.device),
+                **random_state(self.device),
             },
             **({} if self.average is None else {"ema": self.average.weights()}),
         )

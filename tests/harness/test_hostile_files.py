@@ -25,6 +25,7 @@ import checkpoint as ckpt
 from audio import MelSpectrogram, read_mel, read_wav, wav_length, write_wav
 from config import load_config
 from corpora.ljspeech import Corpus, prepare_corpus
+from harness.checkpoints import restore_random_state
 from harness.downloads import RemoteFile
 from harness.errors import InputError
 from image_density_experiments import checkpoint as image_ckpt
@@ -174,12 +175,12 @@ def test_mutated_checkpoints(n, tmp_path):
     torch.save(torch.load(tmp_path / "waveflow_7", weights_only=True), legacy, _use_new_zipfile_serialization=False)
 
     def read(path):
-        start = ckpt.load_checkpoint(path)
-        ckpt.load_weights(model, start["model"])
-        if "optimizer" in start:
+        start = ckpt.read_checkpoint(path)
+        ckpt.load_weights(model, start.weights)
+        if start.optimizer is not None:
             ckpt.load_optimizer(optimizer, model, start)
-        if isinstance(start.get("training_state"), dict):
-            ckpt.restore_random_state(start["training_state"], torch.device("cpu"))
+        if isinstance(start.training_state, dict):
+            restore_random_state(start.training_state, torch.device("cpu"), "words")
         image_ckpt.load_checkpoint(path)
 
     state = torch.get_rng_state()

@@ -137,12 +137,10 @@ def survive_killing_images(tmp_path, kills, epochs, longest):
         sys.exit(image_main(resumed()))
 
     def read_all():
-        for path in ckpt.list_checkpoints(parts, image_ckpt.FILE_NAME):
+        for path in image_ckpt.list_checkpoints(parts):
             image_ckpt.load_checkpoint(path)
 
-    hits = survive(
-        start, lambda: ckpt.list_checkpoints(parts, image_ckpt.FILE_NAME), read_all, kills, longest, random.Random(1)
-    )
+    hits = survive(start, lambda: image_ckpt.list_checkpoints(parts), read_all, kills, longest, random.Random(1))
     assert image_main(resumed()) == 0
     text = (tmp_path / "log.txt").read_text()
     assert "iterations " in text and "Traceback" not in text and "refused" not in text, text[-2000:]

@@ -1,0 +1,221 @@
+"""Checkpoint files of any model: saved whole, loaded without running code, listed, and pruned.
+
+A file is a dict with the weights and what else a run needs to go on. Errors end with remedies, which callers give.
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from harness import terminal
+from harness.errors import InputError
+from harness.files import written_whole
+from harness.torch_files import RefusedFile, load_tensors
+
+MAX_BYTES = 2**33  # with optimizer state, some 700 million parameters; more is not meant
+HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+
+Content = TypeVar("Content")
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def save_whole(path: str | Path, content: Any) -> None:
+    """Save as torch.save does, leaving either the old file or the complete new one; OSError where the disk refuses."""
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides the reason, a full disk say, behind its own words
+                raise error.__context__ from None
+            raise
+
+
+def read_torch_file(path: str | Path, instead_of_folder: str = "expected a file in it") -> Any:
+    """Load tensors and plain containers as torch.load does; no code in the file is ever run. Raises InputError.
+
+    instead_of_folder: what to do where the path is that of a folder.
+    """
+    try:
+        return load_tensors(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"checkpoint {path}: is a folder; {instead_of_folder}") from None
+    except (RefusedFile, OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise InputError(f"checkpoint {path}: refused, {error}") from None
+
+
+def list_checkpoints(folder: str | Path, file_name: re.Pattern[str]) -> list[Path]:
+    """Checkpoints of a run, highest iteration first; empty where there are none.
+
+    file_name matches their names, its first group the iteration.
+    """
+    folder = Path(folder)
+    found = [path for path in folder.iterdir() if file_name.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: iteration_of(path, file_name), reverse=True)
+
+
+def iteration_of(path: Path, file_name: re.Pattern[str]) -> int:
+    """Iteration in the name of a checkpoint."""
+    return int(file_name.fullmatch(path.name)[1])
+
+
+def newest_whole(
+    folder: str | Path,
+    file_name: re.Pattern[str],
+    read: Callable[[Path], Content],
+    warn: Callable[[str], None] = terminal.warn,
+) -> Content | None:
+    """What `read` makes of the newest checkpoint that it can read; None where there is none.
+
+    Each file is read once, from the newest on; one for which `read` raises InputError is warned of.
+    """
+    for path in list_checkpoints(folder, file_name):
+        try:
+            return read(path)
+        except InputError as error:
+            warn(f"{error}; trying the one before")
+    return None
+
+
+def keep_newest(newest: Path, n: int, file_name: re.Pattern[str], spared: Collection[Path] = ()) -> list[Path]:
+    """Remove the checkpoints before `newest` but for the n newest, itself counted, and those `spared`; 0 keeps all.
+
+    Returns what was removed. Those beyond it, of a run that was taken up again at an earlier point, stay.
+    """
+    last = iteration_of(newest, file_name)
+    earlier = [path for path in list_checkpoints(newest.parent, file_name) if iteration_of(path, file_name) <= last]
+    kept = {path.resolve() for path in spared}
+    surplus = [path for path in earlier[n:] if path.resolve() not in kept] if n else []
+    for path in surplus:
+        path.unlink(missing_ok=True)
+    return surplus
+
+
+# --- contents ---------------------------------------------------------------------------------------------
+
+
+def load_strictly(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str = "the weights",
+    shown: Callable[[str], str] = lambda name: name,
+) -> None:
+    """Load weights as `load_state_dict` does, but change nothing and raise a one-line InputError where they differ.
+
+    shown: how the message is to call a key.
+    """
+    if problems := list(_differences(model.state_dict(), weights, shown)):
+        raise InputError(f"{source}: of another model than the config describes; {'; '.join(problems)}")
+    model.load_state_dict(weights)
+
+
+def _differences(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], shown: Callable[[str], str]
+) -> Iterator[str]:
+    missing = [shown(name) for name in own if name not in weights]
+    unknown = [shown(name) for name in weights if name not in own]
+    shapes = [
+        f"{shown(name)} is {list(weights[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    for what, names in (("missing", missing), ("not in this model", unknown), ("other shape", shapes)):
+        if names:
+            yield f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, saved: Any, order: Sequence[str], remedy: str
+) -> None:
+    """Restore the optimizer of `model` from its saved state, whose parameters 0, 1, ... have the names in `order`.
+
+    How the optimizer computes (fused or not) stays as it was built; only the hyperparameters and moments are taken.
+    InputError, which ends with `remedy`, where the state is damaged or of another model.
+    """
+    try:
+        place = {name: index for index, name in enumerate(order)}
+        numbers = [place[name] for name, _ in model.named_parameters()]
+        state = {new: saved["state"][old] for new, old in enumerate(numbers) if old in saved["state"]}
+        for index, parameter in enumerate(model.parameters()):
+            _check_moments(state.get(index, {}), parameter)
+        [group], [own] = saved["param_groups"], optimizer.state_dict()["param_groups"]
+        _check_like(group, {name: own[name] for name in HYPERPARAMETERS if name in own})
+        kept = {name: group[name] for name in HYPERPARAMETERS if name in group}
+        optimizer.load_state_dict({"state": state, "param_groups": [{**own, **kept}]})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"the checkpoint's optimizer state does not fit this model ({error}); {remedy}") from None
+
+
+def _check_moments(state: Mapping[str, Any], parameter: Tensor) -> None:
+    for name, value in state.items():
+        if name == "step":
+            valid = 0 <= float(value) < 2**31
+        else:
+            valid = value.shape == parameter.shape and bool(torch.isfinite(value).all())
+        if not valid:
+            raise ValueError(f"{name} does not belong to a parameter of shape {list(parameter.shape)}")
+
+
+def load_plain(target: Any, saved: Any, remedy: str) -> None:
+    """`target.load_state_dict(saved)` for schedules and loss scalers, whose state is plain numbers.
+
+    Such objects take over whatever they are given, so every entry must be of the kind that theirs is: else InputError,
+    which ends with `remedy`.
+    """
+    try:
+        own = target.state_dict()
+        known = {name: saved[name] for name in own if name in saved}
+        _check_like(known, {name: own[name] for name in known})
+        target.load_state_dict({**own, **known})
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"the checkpoint's training state is damaged ({error}); {remedy}") from None
+
+
+def _check_like(values: Mapping[str, Any], examples: Mapping[str, Any]) -> None:
+    """Every example's key with a value of the same kind: a number, a list of as many numbers, or the same constant."""
+    for name, example in examples.items():
+        value = values[name]
+        if isinstance(example, Mapping):
+            _check_like(value, example)
+            valid = True
+        elif isinstance(example, (list, tuple)):
+            valid = isinstance(value, (list, tuple)) and len(value) == len(example) and all(map(_is_number, value))
+        elif _is_number(example):
+            valid = _is_number(value)
+        else:
+            valid = value is None or isinstance(value, (bool, str))
+        if not valid:
+            raise TypeError(f"{name} is {str(value)[:40]!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 2**63
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that a run on `device` may draw from."""
+    state = {"random_state": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda_random_state"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any], device: torch.device, remedy: str) -> None:
+    """Go on with the random numbers that `random_state` recorded; a state of the other kind of device is left alone.
+
+    InputError, which ends with `remedy`, where it is damaged.
+    """
+    try:
+        if "random_state" in state:
+            torch.set_rng_state(state["random_state"])
+        if device.type == "cuda" and "cuda_random_state" in state:
+            torch.cuda.set_rng_state(state["cuda_random_state"], device)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise InputError(f"the checkpoint's random state is damaged ({str(error)[:80]}); {remedy}") from None
