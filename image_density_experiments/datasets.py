@@ -55,7 +55,7 @@ def load_images(
     data = DATASETS[name](Path(dataroot), allow_download)
     if form is not None and (form.size is not None or form.channels not in (None, data.image_shape[2])):
         raise InputError(
-            f"dataset {name}: images of {data.image_shape}; only own images come in other sizes and channels"
+            f"dataset {name}: images of {data.image_shape}; --image_size and --channels are for own images"
         )
     return data
 

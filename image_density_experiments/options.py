@@ -13,6 +13,7 @@ from harness.errors import InputError
 from harness.settings import Settings
 from image_density_experiments.datasets import ALL
 from image_density_experiments.model import COUPLINGS, DESIGNS, PERMUTATIONS, ImageModelConfig
+from image_density_experiments.pictures import ImageForm
 
 FOLDER = Path(__file__).resolve().parent
 JOBS = ("evaluate", "sample", "interpolate", "ood")  # beside training, each a flag
@@ -49,6 +50,7 @@ class Options:
     dataset: str
     dataroot: Path
     download: bool
+    form: ImageForm  # of own images
     output_dir: Path
     saved_model: Path | None
     saved_optimizer: Path | None
@@ -73,6 +75,7 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
         train=TrainOptions(**{name: values[name] for name in TrainOptions.model_fields if name in values}),
         output_dir=flags.output_dir or FOLDER / "experiments" / f"{flags.model_type or 'nanoflow'}_{flags.dataset}",
         device="cpu" if flags.no_cuda else None,
+        form=ImageForm(size=flags.image_size, channels=flags.channels, background=flags.background),
         ood_dataroot=flags.ood_dataroot or flags.dataroot,
         temperatures=tuple(flags.temperatures),
         **{
@@ -127,6 +130,9 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--dataset", default="patches", metavar="NAME", help=f"{', '.join(ALL)} (default patches, embedded)")
     add("--dataroot", type=Path, default=FOLDER / "datasets", help="folder of the dataset's files, or the file itself")
     add("--download", action="store_true", help="fetch the dataset if it is not there")
+    add("--image_size", type=whole_number(2), metavar="S", help="own images: scaled and cut to S x S pixels")
+    add("--channels", type=int, choices=(1, 3), help="own images: 1 grey, 3 colours (default: what they have)")
+    add("--background", default="white", help="own images: what shows through transparent pixels (default white)")
     add("--no_augment", dest="augmented", action="store_false", help="train on the images as they are")
 
 

@@ -34,7 +34,7 @@ from harness.settings import parse_section
 from harness.stopping import StopRequest, exit_status
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import to_pixels
-from image_density_experiments.datasets import ImageData, load_images
+from image_density_experiments.datasets import OWN, ImageData, load_images
 from image_density_experiments.evaluation import (
     auroc,
     bits_per_dim,
@@ -47,6 +47,7 @@ from image_density_experiments.figures import save_histogram, save_image_rows
 from image_density_experiments.loop import train_until
 from image_density_experiments.model import ImageFlow, ImageModelConfig, count_parameters
 from image_density_experiments.options import Options, TrainOptions, read_options
+from image_density_experiments.pictures import ImageForm
 from image_density_experiments.trainer import Trainer
 
 RUN_FILES = (
@@ -133,7 +134,7 @@ def compare_datasets(options: Options, device: torch.device) -> int:
     model, data, folder = _trained(options, device)
     if model.config.y_condition:
         raise InputError("--ood needs a model without --y_condition: images of another dataset have other classes")
-    other = load_images(options.ood, options.ood_dataroot, options.download)
+    other = load_images(options.ood, options.ood_dataroot, options.download, _form(options, options.ood))
     if other.image_shape != data.image_shape:
         raise InputError(f"--ood {options.ood}: images of {other.image_shape}, the model takes {data.image_shape}")
     splits, how = {options.dataset: data.test, options.ood: other.test}, options.train
@@ -201,9 +202,15 @@ def _trained(options: Options, device: torch.device) -> tuple[ImageFlow, ImageDa
 
 
 def _images(options: Options) -> ImageData:
+    form = _form(options, options.dataset)
     if options.download:
-        on_main(lambda: load_images(options.dataset, options.dataroot, True) and None)
-    return load_images(options.dataset, options.dataroot)
+        on_main(lambda: load_images(options.dataset, options.dataroot, True, form) and None)
+    return load_images(options.dataset, options.dataroot, form=form)
+
+
+def _form(options: Options, dataset: str) -> ImageForm | None:
+    """How the dataset's pictures become images; of two datasets, only own ones are asked to change."""
+    return None if OWN in (options.dataset, options.ood) and dataset != OWN else options.form
 
 
 def _warn_of_changes(start: dict[str, Any] | None, how: TrainOptions) -> None:

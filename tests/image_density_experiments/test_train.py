@@ -238,3 +238,11 @@ def test_the_script_runs_from_the_root_and_from_inside_its_folder(images, tmp_pa
     result = subprocess.run(command, cwd=directory, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["hidden_channels"] == 4
+
+
+def test_own_images_are_scaled_as_asked_and_other_datasets_refuse_it(images, tmp_path, capsys):
+    form = ["--image_size", 4, "--channels", 1]
+    assert run(images, tmp_path / "run", "--max_iterations", 1, *form) == 0
+    assert load_checkpoint(tmp_path / "run" / "glow_model_1.pt")["config"]["image_shape"] == (4, 4, 1)
+    assert main([*QUICK, "--image_size", "4", "--output_dir", str(tmp_path / "other")]) == 1
+    assert "--image_size and --channels are for own images" in capsys.readouterr().err
