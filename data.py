@@ -185,6 +185,15 @@ def load_synthesis_entry(path: str, data_config: DataConfig, mel_fn: MelSpectrog
     return mel_fn(audio), audio
 
 
+def check_synthesis_entries(files: Sequence[str], data_config: DataConfig) -> None:
+    """InputError, naming the file, where a wav or mel is not fit to synthesize from."""
+    for file in files:
+        if is_mel_file(file):
+            read_mel(file, data_config.n_mel_channels)
+        else:
+            wav_length(file, data_config.sampling_rate)
+
+
 def _read_rescaled(path: str, config: DataConfig, max_length: int | None = None) -> Tensor:
     if config.rescale:  # by the peak of the whole clip
         audio = read_wav(path, config.sampling_rate)

@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +23,7 @@ from torch import Tensor
 import checkpoint as ckpt
 from audio import MelSpectrogram, check_mel, resample, rescale
 from config import Config, DataConfig, config_from_dict, load_config
+from data import load_synthesis_entry
 from fast.engine import SynthesisEngine, slow_precision_warning
 from harness.checkpoints import newest_whole
 from harness.devices import choose_device
@@ -158,6 +159,11 @@ class Vocoder:
         if spoilt := next((sound for sound in sounds if not sound.is_finite), None):
             raise InputError(f"{spoilt.clip.source}: the synthesis is not finite; train longer, or lower temp")
         return [_like(mel, sound.audio.clamp(-1, 1)) for mel, sound in zip(mels, sounds, strict=True)]
+
+    def read(self, path: str, temp: float, seed: int) -> Clip:
+        """A clip of a wav, with its recording, or of a mel file; InputError where it is neither."""
+        mel, recording = load_synthesis_entry(path, self.data, self.mel_spectrogram)
+        return replace(self.clip(path, mel, temp, seed), recording=recording)
 
     def clip(self, source: str, mel: Tensor, temp: float, seed: int | None) -> Clip:
         """A mel [M, F] on the CPU with noise for it; InputError, naming the source, where it is not one."""

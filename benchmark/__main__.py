@@ -30,6 +30,7 @@ from benchmark.workloads import BUILDERS, CLIP_SECONDS, Bench, Conditions, make_
 from config import load_config
 from fast.engine import PRECISIONS, slow_precision_warning
 from harness import terminal
+from harness.arguments import number, whole_number
 from harness.stopping import exit_status
 
 CONFIGS = [f"configs/{name}.json" for name in ("waveflow-h16-r64", "waveflow-h16-r128", "nanoflow-h16-r128-emb512")]
@@ -55,33 +56,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("-p", "--precision", nargs="+", default=precisions, choices=list(PRECISIONS), help="of engine and train")
     add(
         "--seconds",
-        type=_above_zero,
+        type=number(0, above=True),
         default=CLIP_SECONDS,
         help="of a synthesized clip (reverse: 0.5 at most)",
     )
-    add("--batch", type=_count, default=1, help="clips at a time")
+    add("--batch", type=whole_number(1), default=1, help="clips at a time")
     add("--compile", action="store_true", help="train: with torch.compile, as train_config.compile")
     add("--memory", action="store_true", help="measure peak memory, one run each, and no times")
     add("--loader", action="store_true", help="measure the training data loader on a made-up corpus, and nothing else")
     add("--fidelity", action="store_true", help="log-mel distances of half-precision synthesis from a trained run")
-    add("--repeats", type=_count, default=5, help="rounds, after one to warm up")
-    add("--threads", type=_count, help="CPU threads (default: PyTorch's choice)")
+    add("--repeats", type=whole_number(1), default=5, help="rounds, after one to warm up")
+    add("--threads", type=whole_number(1), help="CPU threads (default: PyTorch's choice)")
     add("--device", type=_device, default=device, help="cpu, cuda or cuda:N (default: CUDA where there is any)")
     add("--tf32", action="store_true", help="allow TF32 in float32 products on CUDA")
     add("--json", metavar="FILE", help="write the figures here too")
     return parser.parse_args(arguments)
-
-
-def _above_zero(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
-    return value
 
 
 def _device(text: str) -> torch.device:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from data import load_synthesis_entry, read_file_list
+from data import read_file_list
 from evaluation.distance import log_mel_distance
 from fast.engine import slow_precision_warning
 from harness import terminal
@@ -65,11 +65,10 @@ def _distances(
     plain = vocoders["float32"]
     found: dict[tuple[str, str], list[float]] = {}
     for number, file in enumerate(files):
-        mel, recording = load_synthesis_entry(file, plain.data, plain.mel_spectrogram)
-        clip = plain.clip(file, mel, temperature, seed + number)  # with the noise of `train.py --synthesize`
+        clip = plain.read(file, temperature, seed + number)  # with the noise of `train.py --synthesize`
         mels = {precision: _mel_of(vocoder, clip) for precision, vocoder in vocoders.items()}
-        if recording is not None:
-            found.setdefault(("float32", "the recording"), []).append(log_mel_distance(mels["float32"], mel))
+        if clip.recording is not None:
+            found.setdefault(("float32", "the recording"), []).append(log_mel_distance(mels["float32"], clip.mel))
         for precision in list(vocoders)[1:]:
             found.setdefault((precision, "float32"), []).append(log_mel_distance(mels[precision], mels["float32"]))
     return found

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import checkpoint as ckpt
-import train
 import vocoder
 from audio import MelSpectrogram, read_wav
 from config import load_config
@@ -254,13 +253,13 @@ def test_a_synthesis_that_is_not_finite_spares_its_neighbours(trained, mels, cap
 def test_clips_before_one_that_cannot_be_read_are_written(trained, mels, capsys, monkeypatch):
     path, folder = trained
     _, sources = mels
-    load = train.load_synthesis_entry
+    load = vocoder.load_synthesis_entry
 
     def load_while_files_vanish(file, *others):
         (sources / "mel2.npy").unlink(missing_ok=True)  # after all were found fit
         return load(file, *others)
 
-    monkeypatch.setattr(train, "load_synthesis_entry", load_while_files_vanish)
+    monkeypatch.setattr(vocoder, "load_synthesis_entry", load_while_files_vanish)
     message = fails(capsys, "-c", path, "-s", *setting("data_config.test_files", mels[0]))
     assert "mel2.npy: no such mel file" in message
     assert sorted(wavs(folder)) == ["mel0", "mel1"]
