@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, tables that outlive a full disk. Imports nothing of ours."""
+"""Files that appear whole or not at all, tables that outlive a full disk."""
 
 import os
 import re

@@ -3,7 +3,6 @@
 Three gates before anything is believed. The file must be stored, not compressed, so that it cannot unpack to more
 than its size. Its pickle is read as text first and may name only what a checkpoint needs: even torch's restricted
 unpickler would call, say, bytearray(2**40). And a tensor may not claim more numbers than the file holds for it.
-Imports nothing of ours.
 """
 
 import io
@@ -38,7 +37,7 @@ class RefusedFile(ValueError):
 
 
 def load_tensors(path: str | Path, max_bytes: int | None = None) -> Any:
-    """What torch.save wrote, on the CPU. Raises RefusedFile, or OSError if the file cannot be read at all."""
+    """Load what torch.save wrote, on the CPU. Raises RefusedFile, or OSError if the file cannot be read at all."""
     size = os.path.getsize(path)
     if max_bytes is not None and size > max_bytes:
         raise RefusedFile(f"{size} bytes, at most {max_bytes} are accepted")
@@ -86,7 +85,7 @@ def _check_pickle(file: BinaryIO) -> None:
 
 
 def _check_tensors(content: Any, size: int) -> None:
-    """No view larger than its storage (a stride of 0 repeats one number 2^40 times), nothing sparse or without data."""
+    """Refuse views larger than their storage (a stride of 0 repeats a number 2^40 times), and sparse ones."""
     claimed = 0
     for tensor in tensors_in(content):
         if tensor.layout != torch.strided or tensor.is_meta:
