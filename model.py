@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from config import DataConfig, WaveFlowConfig
 from fast.engine import SynthesisEngine
-from fast.estimators import Execution, FastFlows
+from fast.estimators import Execution, FastFlows, folded_flows
 from harness.errors import InputError
 from harness.settings import parse_section
 from linear_prediction import LinearPrediction
@@ -104,13 +104,14 @@ class FlowVocoder(nn.Module):
 
     @torch.no_grad()
     def reverse(self, mel: Tensor, temp: float = 1.0, z: Tensor | None = None) -> Tensor:
-        """The plain inverse, recomputing each row: the reference for `reverse_fast`. Returns audio [B, T'].
+        """the inverse row by row, recomputing those above: the reference for `reverse_fast`. Returns audio [B, T'].
 
         Without z, noise of standard deviation temp and T' = hop * (F - 1); z [B, 1, h, T'/h] is used as it is.
         """
         x = self._noise(mel, temp, z)
         conditioning = self.condition(mel, x.size(2) * x.size(3))
-        for flow in reversed(self.flows()):
+        flows = self.flows() if self.execution.plain else folded_flows(self.flows(), conditioning)
+        for flow in reversed(flows):
             x = flow.inverse(x, conditioning)
         audio = unsqueeze(x).squeeze(1)
         return audio if self.linear_prediction is None else self.linear_prediction.inverse(audio, mel)

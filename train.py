@@ -62,6 +62,7 @@ class Synthesis:
     temp: float  # standard deviation of the noise
     precision: str | None  # of the products; None: that of the weights
     batch_seconds: float | None  # of audio at once; None: as the device likes
+    match_mel: int  # passes of mel matching
 
 
 # --- the jobs ---------------------------------------------------------------------------------------------
@@ -116,9 +117,11 @@ def synthesize(config: Config, device: torch.device, start: Start, how: Synthesi
     model, name = _trained(config, device, start)
     _warn(slow_precision_warning(how.precision, device))
     vocoder = Vocoder(model, config.data_config, how.precision, name)
-    folder = config.run_folder / "synthesis" / f"{name}_temp{how.temp:g}"
+    matched = f"_matched{how.match_mel}" if how.match_mel else ""
+    folder = config.run_folder / "synthesis" / f"{name}_temp{how.temp:g}{matched}"
     samples, seconds = 0, 0.0
-    for sounds in vocoder.synthesize(_clips(vocoder, files, how.temp, config.train_config.seed), how.batch_seconds):
+    clips = _clips(vocoder, files, how.temp, config.train_config.seed)
+    for sounds in vocoder.synthesize(clips, how.batch_seconds, how.match_mel):
         _write_batch(sounds, folder, vocoder)
         samples += sum(len(sound.audio) for sound in sounds)
         seconds += sum(sound.seconds for sound in sounds)
@@ -240,14 +243,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("-t", "--temp", type=number(0), default=1.0, help="standard deviation of the noise of synthesis, default 1")
     add("--precision", choices=["float32", "bfloat16", "float16"], help="of the products of synthesis, default float32")
     add("--batch_seconds", type=number(0), metavar="S", help="audio synthesized at once; 0: a clip at a time")
+    add("--match_mel", type=whole_number(0), metavar="N", help="filter each synthesis N times towards its mel")
     add("--deterministic", action="store_true", help="the same results twice on the same machine, at some speed")
     add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is any)")
     options = parser.parse_args(arguments)
     if options.resume and (options.average_checkpoint is not None or options.warm_start):
         parser.error("--resume, --average_checkpoint and --warm_start all say where to start; give one")
-    for flag, value in (("--precision", options.precision), ("--batch_seconds", options.batch_seconds)):
-        if value is not None and not options.synthesize:
-            parser.error(f"{flag} is that of synthesis; give --synthesize with it")
+    for flag in ("precision", "batch_seconds", "match_mel"):
+        if getattr(options, flag) is not None and not options.synthesize:
+            parser.error(f"--{flag} is that of synthesis; give --synthesize with it")
     if options.epsilon is not None and options.average_checkpoint is None:
         parser.error("--epsilon weights an average; give -a N with it")
     return options
@@ -282,7 +286,8 @@ def _job(options: argparse.Namespace, config: Config, device: torch.device) -> i
     if options.evaluate:
         return evaluate(config, device, start)
     if options.synthesize:
-        return synthesize(config, device, start, Synthesis(options.temp, options.precision, options.batch_seconds))
+        how = Synthesis(options.temp, options.precision, options.batch_seconds, options.match_mel or 0)
+        return synthesize(config, device, start, how)
     return train(config, device, start, Training(options.warm_start, options.max_iterations, options.max_hours))
 
 

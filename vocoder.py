@@ -29,6 +29,7 @@ from harness.checkpoints import newest_whole
 from harness.devices import choose_device
 from harness.errors import InputError
 from model import FlowVocoder, build_model
+from synthesis.mel_matching import match_mel
 
 # Seconds of audio synthesized at once. A clip does not fill a GPU; 60 s are within the largest of its buckets. On a
 # CPU only clips shorter than a tile of the engine gain from company, and wavs are to appear one after the other.
@@ -133,20 +134,23 @@ class Vocoder:
             samples = rescale(samples, samples.abs().max().item())
         return _like(audio, self.mel_spectrogram(samples))
 
-    def __call__(self, mel: Array | Sequence[Array], temp: float = 1.0, seed: int | None = None) -> Array | list[Array]:
+    def __call__(
+        self, mel: Array | Sequence[Array], temp: float = 1.0, seed: int | None = None, match_mel: int = 0
+    ) -> Array | list[Array]:
         """Audio [T] in [-1, 1] of a log-mel [M, F], T = hop_length (F - 1): [B, T] of [B, M, F], a list of a list.
 
         Arrays are like the mel: numpy, or tensors on its device. Each of several mels sounds as it does alone.
         temp: standard deviation of the noise that synthesis starts from; seed: the same noise again, for each mel;
-        without, it comes from PyTorch's global generator. Raises InputError.
+        without, it comes from PyTorch's global generator. match_mel: passes of `synthesis.mel_matching`, which filters
+        the audio until its own mel is the one asked for. Raises InputError.
         """
         if isinstance(mel, (list, tuple)):
-            return self._audio_of(mel, temp, seed)
+            return self._audio_of(mel, temp, seed, match_mel)
         if getattr(mel, "ndim", 0) == 3 and len(mel):
-            return (torch if isinstance(mel, Tensor) else np).stack(self._audio_of(list(mel), temp, seed))
-        return self._audio_of([mel], temp, seed)[0]
+            return (torch if isinstance(mel, Tensor) else np).stack(self._audio_of(list(mel), temp, seed, match_mel))
+        return self._audio_of([mel], temp, seed, match_mel)[0]
 
-    def _audio_of(self, mels: Sequence[Array], temp: float, seed: int | None) -> list[Array]:
+    def _audio_of(self, mels: Sequence[Array], temp: float, seed: int | None, passes: int) -> list[Array]:
         if not 0 <= temp < math.inf:
             raise InputError(f"temp {temp}: expected a finite number of at least 0")
         clips = []
@@ -155,7 +159,7 @@ class Vocoder:
             if not isinstance(mel, (np.ndarray, Tensor)):
                 raise InputError(f"{name}: of type {type(mel).__name__}, expected a numpy array or a tensor")
             clips.append(self.clip(name, torch.as_tensor(mel).detach().cpu(), temp, seed))
-        sounds = [sound for batch in self.synthesize(clips) for sound in batch]
+        sounds = [sound for batch in self.synthesize(clips, match_mel=passes) for sound in batch]
         if spoilt := next((sound for sound in sounds if not sound.is_finite), None):
             raise InputError(f"{spoilt.clip.source}: the synthesis is not finite; train longer, or lower temp")
         return [_like(mel, sound.audio.clamp(-1, 1)) for mel, sound in zip(mels, sounds, strict=True)]
@@ -172,22 +176,29 @@ class Vocoder:
         z = self.model.sample_noise(mel.unsqueeze(0), temp, generator)[0, 0]
         return Clip(source, mel, z)
 
-    def synthesize(self, clips: Iterable[Clip], batch_seconds: float | None = None) -> Iterator[list[Sound]]:
-        """The sounds of clips, batch by batch: `batch_seconds` of audio at most, by default what suits it.
+    def synthesize(
+        self, clips: Iterable[Clip], batch_seconds: float | None = None, match_mel: int = 0
+    ) -> Iterator[list[Sound]]:
+        """The sounds of clips, batch by batch: `batch_seconds` of audio at most, by default what suits the device.
 
         Clips are taken when they are needed; those before one that cannot be had come first, then its error.
         """
         at_once = BATCH_SECONDS[self.device.type] if batch_seconds is None else batch_seconds
         for batch in in_batches(clips, lambda clip: clip.z.numel(), at_once * self.sampling_rate):
-            yield self._synthesize_batch(batch)
+            yield self._synthesize_batch(batch, match_mel)
 
-    def _synthesize_batch(self, batch: Sequence[Clip]) -> list[Sound]:
+    def _synthesize_batch(self, batch: Sequence[Clip], passes: int) -> list[Sound]:
         """Each clip as it sounds alone; the time is shared out by samples."""
         began = time.perf_counter()
         inputs = [(clip.mel.to(self.device), clip.z.to(self.device)) for clip in batch]
         sounds = [audio.cpu() for audio in self.engine.synthesize_many(inputs)]
+        if passes:
+            sounds = [self._matched(audio, clip.mel, passes) for audio, clip in zip(sounds, batch, strict=True)]
         per_sample = (time.perf_counter() - began) / sum(map(len, sounds))
         return [Sound(clip, audio, per_sample * len(audio)) for clip, audio in zip(batch, sounds, strict=True)]
+
+    def _matched(self, audio: Tensor, mel: Tensor, passes: int) -> Tensor:
+        return match_mel(audio[None], mel[None], self.mel_spectrogram, passes)[0]
 
 
 def in_batches(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:

@@ -5,7 +5,7 @@ once, with channels innermost; and, on CPUs in full precision, the products of `
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -70,6 +70,24 @@ class FastFlows:
         return {key: ConvEstimator(weights, conditioning, keeps, run) for key, weights in folded.items()}
 
 
+def folded_flows(flows: Sequence[Flow], conditioning: Tensor) -> list[Flow]:
+    """The same flows for `Flow.inverse`: what does not depend on the rows above is not computed again for each row."""
+    folded = fold_estimators(flows)
+    bound = {key: ConvEstimator(weights, conditioning, keeps=True, run=_estimate) for key, weights in folded.items()}
+    return [replace(flow, estimator=_EstimatorOfFlow(flow, bound[flow.estimator])) for flow in flows]
+
+
+@dataclass(frozen=True)
+class _EstimatorOfFlow:
+    """Twin of `Estimator` for one flow, called in the same way; what else it is given, it has."""
+
+    flow: Flow
+    bound: "ConvEstimator"
+
+    def __call__(self, x: Tensor, *_: object) -> Tensor:
+        return self.bound.features(self.flow, x)
+
+
 def _forward(flow: Flow, x: Tensor, estimator: "ConvEstimator | WinogradEstimator") -> tuple[Tensor, Tensor]:
     if flow.couples_first:
         z, log_det = flow.transform(x[:, :, 1:], estimator.params(flow, x[:, :, :-1]))
@@ -110,10 +128,15 @@ class ConvEstimator:
 
     def params(self, flow: Flow, x: Tensor) -> Tensor:
         """Parameters [B, P, h, W] of the flow's transform, from x [B, 1, h, W] moved down by a row."""
+        return project(flow.transform, self.features(flow, x))
+
+    def features(self, flow: Flow, x: Tensor) -> Tensor:
+        """Features [B, R, h', W] of the first h' rows, x [B, 1, h', W]."""
         if self.run is not _estimate and not x.requires_grad:
             x = x.detach().requires_grad_()  # the first flow too runs the graph that the others need
         biases = [weights.bias_of(flow.index) for weights in self.weights.layers]
-        return project(flow.transform, self.run(x, self.weights, biases, self.prepare(_rows_seen(flow)), flow.gates))
+        products = [product[:, :, : x.size(2)] for product in self.prepare(_rows_seen(flow))]
+        return self.run(x, self.weights, biases, products, flow.gates)
 
     def prepare(self, order: tuple[int, ...]) -> list[Tensor]:
         """Conditioning product [B, 2R, h, W] of each layer, rows in `order`; the few orders that occur are kept."""

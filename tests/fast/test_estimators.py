@@ -32,6 +32,16 @@ def test_loss_and_gradients_are_those_of_the_plain_estimator(coupling, shape, wi
         torch.testing.assert_close(ours, reference, atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_folded_flows_invert_like_plain_ones(coupling):
+    model = random_vocoder(coupling, dtype=torch.float64, n_layer_per_cycle=2)
+    _, mel = random_input(model)
+    z = model.sample_noise(mel, 0.7)
+    folded = model.reverse(mel, z=z)
+    model.execution = Execution(plain=True)
+    torch.testing.assert_close(folded, model.reverse(mel, z=z), atol=1e-11, rtol=0)
+
+
 def test_where_winograds_products_are_used():
     model = random_vocoder("waveflow")  # three layers: blocks of eight columns
 

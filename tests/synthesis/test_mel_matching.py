@@ -5,6 +5,7 @@ from audio import MelSpectrogram
 from config import DataConfig
 from evaluation.distance import log_mel_distance
 from synthesis.mel_matching import match_mel
+from tests.support.experiments import run
 from tests.test_linear_prediction import SETTINGS, speech_like
 
 
@@ -28,3 +29,21 @@ def test_audio_of_that_mel_stays_and_clips_of_a_batch_do_not_meet():
     torch.testing.assert_close(match_mel(noise, mel_fn(noise), mel_fn, 3), noise, atol=1e-5, rtol=0)
     both = match_mel(noise, mel, mel_fn, 2)
     torch.testing.assert_close(match_mel(noise[1:], mel[1:], mel_fn, 2), both[1:])
+
+
+def test_synthesis_with_passes_is_another_folder_nearer_to_the_mel(trained, tmp_path, capsys):
+    path, folder = trained
+    distances = []
+    for passes in (0, 2):
+        assert run("-c", path, "--synthesize", "--match_mel", passes) == 0
+        distances.append(float(capsys.readouterr().out.split("recording: ")[1].split(" of the synthesis")[0]))
+    assert distances[1] < distances[0]
+    assert sorted(f.name for f in (folder / "synthesis").iterdir()) == ["waveflow_8_temp1", "waveflow_8_temp1_matched2"]
+
+
+def test_no_passes_change_nothing_and_silence_stays_silent():
+    mel_fn, mel, noise = mel_and_noise(DataConfig())
+    assert match_mel(noise, mel, mel_fn, 0) is noise
+    assert (match_mel(torch.zeros_like(noise), mel, mel_fn, 8) == 0).all()
+    loud = match_mel(1e-9 * noise, mel, mel_fn, 2)
+    assert loud.abs().max() < 1e-5  # nothing is made of rounding errors in a pass or two
