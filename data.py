@@ -240,7 +240,7 @@ def first_batch(config: Config) -> list[Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python data.py mel | ljspeech | demo`; returns the exit status."""
+    """`python data.py mel | ljspeech | asterisk | demo`; returns the exit status."""
     options = _parser().parse_args(arguments)
     return exit_status(lambda: options.run(options))
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from corpora import demo, ljspeech
+from corpora import asterisk, demo, ljspeech
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -14,6 +14,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     source.add_argument("--folder", metavar="DIR", dest="unpacked", help="an unpacked LJSpeech-1.1, used where it is")
     parser.set_defaults(run=_prepare_ljspeech)
 
+    parser = commands.add_parser("asterisk", help="decode Debian's asterisk-core-sounds-en-g722; write its lists")
+    parser.add_argument("folder", metavar="DIR", help="where the wavs and their two lists go")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--archive", metavar="FILE", help="the package, as apt-get download gets it, or a tar of it")
+    source.add_argument("--folder", metavar="DIR", dest="unpacked", help="a folder with the .g722 sounds")
+    parser.set_defaults(run=_prepare_asterisk)
+
     parser = commands.add_parser("demo", help="make the demo corpus: five minutes of speech by espeak-ng, offline")
     parser.add_argument("folder", metavar="DIR", help="where the wavs and their two lists go")
     parser.set_defaults(run=_make_demo)
@@ -21,6 +28,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def _prepare_ljspeech(options: argparse.Namespace) -> None:
     print(ljspeech.prepare_corpus(options.folder, ljspeech.LJSPEECH, options.archive, options.unpacked))
+
+
+def _prepare_asterisk(options: argparse.Namespace) -> None:
+    print(asterisk.prepare_corpus(options.folder, options.archive, options.unpacked))
 
 
 def _make_demo(options: argparse.Namespace) -> None:

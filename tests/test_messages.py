@@ -38,7 +38,7 @@ def image_flags(capsys):
 
 
 def data_flags(capsys):
-    return set.union(*(flags_of(data.main, capsys, command) for command in ("mel", "ljspeech", "demo")))
+    return set.union(*(flags_of(data.main, capsys, command) for command in ("mel", "ljspeech", "asterisk", "demo")))
 
 
 def check(message, flags, keys=KEYS):
@@ -224,6 +224,7 @@ def test_refusals_of_the_image_command(words, images, capsys, tmp_path, monkeypa
         ["mel", "-c", "{config}", "--list", "none.txt", "out"],
         ["ljspeech", "out", "--archive", "none.tar"],
         ["ljspeech", "out", "--folder", "none"],
+        ["asterisk", "out", "--folder", "none"],
     ],
 )
 def test_refusals_of_the_data_command(arguments, place, capsys, tmp_path, monkeypatch):

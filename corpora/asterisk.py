@@ -1,0 +1,145 @@
+"""Asterisk's core sounds in US English: seventeen minutes of one voice, real speech that Debian packages.
+
+The recordings are by Allison Smith, under CC BY-SA 3.0. They come as G.722 at 16 kHz, so there is nothing above 8 kHz.
+"""
+
+import random
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from audio import INT16_SCALE, wav_length, write_wav
+from corpora.lists import FileLists, write_lists
+from harness import terminal
+from harness.downloads import damage_named
+from harness.errors import InputError
+from harness.files import written_whole
+
+VOICE = "en_US_f_Allison"
+SAMPLING_RATE = 22_050  # Hz
+SHORTEST = 8_000  # bytes, a second; what is shorter is a letter or a digit
+N_CLIPS, N_TEST = 373, 37  # in version 1.6.1; held out
+MAX_BYTES = 2**28  # of all sounds together; the real ones are 8 MB
+CREDITS = """\
+Speech: "Asterisk core sounds (US English)", recorded by Allison Smith (http://www.theivrvoice.com), with financial
+contributions by Digium, Inc. (http://www.digium.com); copyright 2003-2010 Allison Smith, licensed under CC BY-SA 3.0
+(https://creativecommons.org/licenses/by-sa/3.0/). Changes: decoded from G.722 and resampled to 22,050 Hz, 16-bit mono.
+"""
+
+
+def prepare_corpus(folder: str | Path, archive: str | Path | None = None, unpacked: str | Path = ".") -> FileLists:
+    """Decode the sounds into `folder` and write their lists; wavs that are there already are kept.
+
+    archive: Debian's package, or a tar of the sounds; else they are taken from the folder `unpacked`. The split depends
+    on the names only. InputError where there are no sounds, or no ffmpeg to decode them with.
+    """
+    folder = Path(folder)
+    sounds = dict(_in_archive(archive) if archive is not None else _in_folder(Path(unpacked)))
+    if not sounds:
+        raise InputError(
+            f"{archive if archive is not None else unpacked}: holds no .g722 sound of a second; expected Debian's "
+            "package asterisk-core-sounds-en-g722 or what it installs"
+        )
+    if len(sounds) != N_CLIPS:
+        terminal.warn(f"{len(sounds)} sounds, {N_CLIPS} expected: the split is not that of the published figures")
+    clips = sorted(_decode_all(sounds, folder / "wavs"))
+    with written_whole(folder / "CREDITS.txt") as temporary:
+        temporary.write_text(CREDITS, encoding="utf-8")
+    random.Random(0).shuffle(clips)
+    return write_lists(folder, train=clips[N_TEST:], test=clips[:N_TEST])
+
+
+# --- where the sounds are ---------------------------------------------------------------------------------
+
+
+def _in_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Sounds by name, the path below the voice's folder, or below the one given if that is not in it."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    for path in sorted(folder.rglob("*.g722")):
+        if path.is_file() and path.stat().st_size >= SHORTEST:
+            yield _name(path.relative_to(folder).parts), path.read_bytes()
+
+
+def _in_archive(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such archive")
+    total = 0
+    with damage_named(path, "not a Debian package or tar"), _as_tar(Path(path)) as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith(".g722") and member.size >= SHORTEST:
+                total += member.size
+                if total > MAX_BYTES:
+                    raise InputError(f"{path}: over {MAX_BYTES} bytes of sounds; expected some 8 MB")
+                yield _name(Path(member.name).parts), tar.extractfile(member).read()
+
+
+def _name(parts: tuple[str, ...]) -> str:
+    below = parts[parts.index(VOICE) + 1 :] if VOICE in parts else [part for part in parts if part != "."]
+    return "_".join(below).removesuffix(".g722")
+
+
+@contextmanager
+def _as_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    with open(path, "rb") as file:
+        if file.read(8) == b"!<arch>\n":
+            _find_data(file)
+        else:
+            file.seek(0)
+        with tarfile.open(fileobj=file, mode="r|*") as tar:  # a stream: it may begin anywhere in the file
+            yield tar
+
+
+def _find_data(file: BinaryIO) -> None:
+    """Go to the data in a package, an `ar` archive: a header of 60 bytes before each member, sizes made even."""
+    while len(header := file.read(60)) == 60:
+        size = int(header[48:58])
+        if header.startswith(b"data.tar"):
+            return
+        file.seek(size + size % 2, 1)
+    raise InputError(f"{file.name}: a package without data; get it again")
+
+
+# --- decoding ---------------------------------------------------------------------------------------------
+
+
+def _decode_all(sounds: dict[str, bytes], folder: Path) -> list[str]:
+    """Write a wav of each sound that has none, a few at once; returns the paths."""
+    if shutil.which("ffmpeg") is None:
+        raise InputError("G.722 is decoded by ffmpeg, which is not there; install it (apt-get install ffmpeg)")
+
+    def decode(name: str) -> str:
+        path = folder / f"{name}.wav"
+        if not _is_whole(path):
+            write_wav(path, _decode(name, sounds[name]), SAMPLING_RATE)
+        return str(path)
+
+    with ThreadPoolExecutor() as pool:
+        return list(tqdm(pool.map(decode, sounds), "asterisk", len(sounds), unit="clip", disable=None))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return wav_length(path, SAMPLING_RATE) > 0
+    except InputError:
+        return False
+
+
+def _decode(name: str, sound: bytes) -> torch.Tensor:
+    output = ["-ac", "1", "-ar", str(SAMPLING_RATE), "-f", "s16le", "-"]
+    command = ["ffmpeg", "-v", "error", "-f", "g722", "-i", "-", *output]
+    result = subprocess.run(command, input=sound, capture_output=True)
+    if result.returncode or len(result.stdout) < 2:
+        reason = " ".join(result.stderr.decode(errors="replace").split())[:120]
+        raise InputError(f"{name}.g722: ffmpeg could not decode it ({reason}); get the archive again")
+    samples = np.frombuffer(result.stdout[: len(result.stdout) // 2 * 2], dtype="<i2")
+    return torch.from_numpy(samples.astype(np.float32) / INT16_SCALE)
