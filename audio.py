@@ -195,7 +195,7 @@ def rescale(audio: Tensor, peak: float) -> Tensor:
 
 
 def is_mel_file(path: str | Path) -> bool:
-    """Whether the name is that of a saved mel rather than of audio."""
+    """Test of a name: a saved mel's, or else that of audio."""
     return Path(path).suffix.lower() in MEL_SUFFIXES
 
 

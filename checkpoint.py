@@ -114,7 +114,7 @@ def _is_stray(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a file holds, its weights under our names; what it lacks is None or empty."""
+    """Contents of a file, its weights under our names; what it lacks is None or empty."""
 
     path: Path
     name: str  # by which its results are called
@@ -307,7 +307,7 @@ def average_of(newest_first: Sequence[Path], epsilon: float | None = None) -> Ch
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a job starts."""
+    """A job's choice of where to start."""
 
     resume: bool = False  # from the newest whole checkpoint of the run, if it has any
     average: int | None = None  # from the average of the newest so many checkpoints

@@ -237,7 +237,7 @@ class Config(Settings):
 
     @property
     def run_folder(self) -> Path:
-        """Where a run keeps its files."""
+        """Folder of the run's files."""
         return Path(self.train_config.output_directory) / self.waveflow_config.model_name
 
 

@@ -178,7 +178,7 @@ def read_clip(path: str, data_config: DataConfig) -> Tensor:
 
 
 def load_synthesis_entry(path: str, data_config: DataConfig, mel_fn: MelSpectrogram) -> tuple[Tensor, Tensor | None]:
-    """What to synthesize from: (mel [80, F], the recording [T] or None) of a wav, or of a .npy / .pt mel."""
+    """Load what to synthesize from: (mel [80, F], the recording [T] or None) of a wav, or of a .npy / .pt mel."""
     if is_mel_file(path):
         return read_mel(path, data_config.n_mel_channels), None
     audio = read_clip(path, data_config)

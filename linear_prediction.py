@@ -46,7 +46,7 @@ FRAMES_AT_ONCE = 64  # of the block form: its matrices are hop x (hop + p) numbe
 
 
 class Spectrum(NamedTuple):
-    """How the power of the FFT bins follows from the values of the mel bands, in float64."""
+    """Power of the FFT bins as it follows from the values of the mel bands, in float64."""
 
     interpolate: Tensor  # [M, K], log power of the bands -> of the bins
     offset: Tensor  # [K], added to that
@@ -155,7 +155,7 @@ def bands_to_bins(data: DataConfig, device: torch.device) -> Tensor:
 
 @cache
 def _spectrum(data: DataConfig, device: torch.device) -> Spectrum:
-    """For mels of these settings: magnitudes are summed with Slaney's weights, and the sum is seen at the centroid."""
+    """Spectrum of such mels: magnitudes are summed with Slaney's weights, and the sum is seen at the centroid."""
     import librosa.filters  # seconds to import, and only needed here
 
     bank = librosa.filters.mel(
@@ -229,9 +229,9 @@ def _invert_by_samples(excitation: Tensor, coefficients: Tensor, past: Tensor, s
 
 
 def _invert_by_blocks(excitation: Tensor, coefficients: Tensor, past: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    """The same by matrices, for accelerators: all spans at once, then span after span what the past adds.
+    """Invert by matrices, for accelerators: all spans at once, then span after span what the past adds.
 
-    Of a span of n samples, A x = u + P x', with A [n, n] lower triangular, P [n, p] upper, x' the p samples before.
+    For a span of n samples, A x = u + P x', with A [n, n] lower triangular, P [n, p] upper, x' the p samples before.
     """
     order, hop = coefficients.size(2), max(stop - start for start, stop in spans)
     audio = torch.cat([past, excitation], dim=1)

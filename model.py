@@ -104,7 +104,7 @@ class FlowVocoder(nn.Module):
 
     @torch.no_grad()
     def reverse(self, mel: Tensor, temp: float = 1.0, z: Tensor | None = None) -> Tensor:
-        """the inverse row by row, recomputing those above: the reference for `reverse_fast`. Returns audio [B, T'].
+        """Inverse row by row, recomputing those above: the reference for `reverse_fast`. Returns audio [B, T'].
 
         Without z, noise of standard deviation temp and T' = hop * (F - 1); z [B, 1, h, T'/h] is used as it is.
         """
@@ -187,7 +187,7 @@ def build_model(
 
 
 def row_orders(config: WaveFlowConfig) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """For each flow its row permutation, and the row order of the conditioning that its estimator sees.
+    """Row permutation of each flow, and the row order of the conditioning that its estimator sees.
 
     The permutations of the conditioning add up from flow to flow; tracking the order makes odd n_flow and any
     bipartite split right in both directions.
@@ -203,8 +203,10 @@ def row_orders(config: WaveFlowConfig) -> list[tuple[tuple[int, ...], tuple[int,
 
 
 def count_parameters(model: FlowVocoder, synthesis: bool = False) -> int:
-    """Trainable parameters; for synthesis as published: weight norm folded, the embedding and its convolutions
-    folded into n_flow * L * 2R constants."""
+    """Trainable parameters.
+
+    For synthesis, as published: weight norm folded, the embedding and its convolutions n_flow * L * 2R constants.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     if not synthesis:
         return total

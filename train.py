@@ -48,7 +48,7 @@ from vocoder import Clip, Sound, Vocoder, has_average, trained_model
 
 @dataclass(frozen=True)
 class Training:
-    """What the flags say of a training run beyond its config."""
+    """Flags of a training run, beyond its config."""
 
     warm_start: bool  # take only the weights of the checkpoint
     max_iterations: int | None
@@ -57,7 +57,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """What the flags say of a synthesis."""
+    """Flags of a synthesis."""
 
     temp: float  # standard deviation of the noise
     precision: str | None  # of the products; None: that of the weights
@@ -185,7 +185,7 @@ def _record_and_say(trainer: Trainer, last: int) -> None:
 
 
 def _clips(vocoder: Vocoder, files: Sequence[str], temp: float, seed: int) -> Iterator[Clip]:
-    """This process's share of the clips of a list; on the main process the first recording stays, for comparison."""
+    """Share of this process in the clips of a list; on the main process the first recording stays, for comparison."""
     compared = is_main()
     for place, (file, output) in share(list(enumerate(zip(files, output_names(files), strict=True)))):
         clip = vocoder.read(file, temp, seed + place)  # with noise that does not depend on who does the others

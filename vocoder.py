@@ -41,7 +41,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Clip:
-    """What a sound is made from."""
+    """A sound to be made."""
 
     source: str  # what errors call it: its file
     mel: Tensor  # [M, F]
@@ -52,7 +52,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Sound:
-    """What became of a clip."""
+    """The audio made of a clip."""
 
     clip: Clip
     audio: Tensor  # [T], on the CPU
@@ -60,7 +60,7 @@ class Sound:
 
     @property
     def is_finite(self) -> bool:
-        """Whether it can be heard at all; a model that was hardly trained may overflow."""
+        """True where it can be heard at all; a model that was hardly trained may overflow."""
         return bool(torch.isfinite(self.audio).all())
 
 
@@ -232,7 +232,7 @@ def trained_model(checkpoint: ckpt.Checkpoint, config: Config) -> FlowVocoder:
 
 
 def has_average(checkpoint: ckpt.Checkpoint, config: Config) -> bool:
-    """Whether a moving average of the weights is what the run meant to be used, and is there."""
+    """Tell whether a moving average of the weights is what the run meant to be used, and is there."""
     return config.train_config.ema_decay > 0 and checkpoint.average is not None
 
 

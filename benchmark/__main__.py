@@ -1,4 +1,4 @@
-"""How fast the vocoder is, and how near to what the machine can do. Every speed in the README comes from here.
+"""Speed of the vocoder, and its distance from what the machine can do. Every speed in the README comes from here.
 
     python -m benchmark                                     the published configs, every workload, float32 and bfloat16
     python -m benchmark -c configs/waveflow-h16-r64.json -w queue engine --json speed.json
@@ -104,7 +104,7 @@ def _measure_all(options: argparse.Namespace) -> None:
 
 
 def _fast_precisions(asked: Sequence[str], device: torch.device) -> list[str]:
-    """Those asked for, without those that would take hours here; the engine would measure float32 in their place."""
+    """Precisions asked for, but for those that would take hours here, where the engine would measure float32."""
     slow = {precision: warning for precision in asked if (warning := slow_precision_warning(precision, device))}
     for warning in slow.values():
         terminal.warn(warning)

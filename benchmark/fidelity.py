@@ -1,4 +1,4 @@
-"""How much half precision changes the sound of a trained model: what `python -m benchmark --fidelity` measures."""
+"""Change of a trained model's sound by half precision: what `python -m benchmark --fidelity` measures."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

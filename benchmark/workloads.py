@@ -1,4 +1,4 @@
-"""What is timed: the likelihood, a training step, and synthesis in three ways, each beside its baseline."""
+"""Workloads to be timed: the likelihood, a training step, and synthesis in three ways, each beside its baseline."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Job:
-    """What a workload does."""
+    """A workload made ready to run."""
 
     model: FlowVocoder  # with which it computes
     run: Callable[[], Any]
@@ -129,7 +129,7 @@ def _train(bench: Bench, precision: str) -> Job:
 
 
 def _train_checkpointed(bench: Bench, precision: str) -> Job:
-    """The same with `checkpoint_activations`; what is computed again is not counted as work."""
+    """Training with `checkpoint_activations`; what is computed again is not counted as work."""
     return _training(bench, precision, Execution(compile=bench.conditions.compile, checkpoint_activations=True))
 
 

@@ -27,7 +27,7 @@ SHOWN = 20  # problems printed; the CSV has them all
 
 @dataclass
 class ClipReport:
-    """What was found in one clip; lengths in samples."""
+    """Findings in one clip; lengths in samples."""
 
     file: str
     list: str  # "train" or "test"

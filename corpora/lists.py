@@ -1,4 +1,4 @@
-"""What every recipe ends with: train_files.txt and test_files.txt beside a corpus of 16-bit mono wavs.
+"""End of every recipe: train_files.txt and test_files.txt beside a corpus of 16-bit mono wavs.
 
 Paths begin as the folder was given, so that they hold from the directory where the command was run.
 """
@@ -12,7 +12,7 @@ from harness.files import written_whole
 
 @dataclass(frozen=True)
 class FileLists:
-    """Where a corpus' lists are, and how many clips they name."""
+    """Paths of a corpus' lists, and how many clips they name."""
 
     training_files: Path
     test_files: Path

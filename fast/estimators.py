@@ -71,7 +71,7 @@ class FastFlows:
 
 
 def folded_flows(flows: Sequence[Flow], conditioning: Tensor) -> list[Flow]:
-    """The same flows for `Flow.inverse`: what does not depend on the rows above is not computed again for each row."""
+    """Flows for `Flow.inverse` that compute what does not depend on the rows above once, not again for each row."""
     folded = fold_estimators(flows)
     bound = {key: ConvEstimator(weights, conditioning, keeps=True, run=_estimate) for key, weights in folded.items()}
     return [replace(flow, estimator=_EstimatorOfFlow(flow, bound[flow.estimator])) for flow in flows]
@@ -103,8 +103,8 @@ def _rows_seen(flow: Flow) -> tuple[int, ...]:
 
 
 def _suits_winograd(conditioning: Tensor, n_layer: int) -> bool:
-    """On CPUs in full precision: their convolutions are slower than their matrix products. Not for clips so short
-    that padding would be over a fifth of the work."""
+    """Choose it on CPUs in full precision, whose convolutions are slower than their matrix products, but not for
+    clips so short that padding would be over a fifth of the work."""
     width, device = conditioning.size(3), conditioning.device.type
     return device == "cpu" and not torch.is_autocast_enabled(device) and 4 * padding(width, n_layer) <= width
 

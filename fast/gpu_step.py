@@ -49,7 +49,7 @@ class StepFlow:
 
     @property
     def affine(self) -> bool:
-        """Whether the last layer's step makes the samples."""
+        """True where the last layer's step makes the samples."""
         return isinstance(self.folded.transform, Affine)
 
 
@@ -71,7 +71,7 @@ class State:
         ]
 
     def row_of(self, flow: StepFlow, layer: int, row: int) -> Tensor:
-        """Where the input of a layer >= 1 keeps a row, without its margins: [W, R]."""
+        """Place of a row in the input of a layer >= 1, without its margins: [W, R]."""
         dilation_h, dilation_w = flow.layers[layer].dilation
         return self.rings[layer][row % (2 * dilation_h + 1), dilation_w : dilation_w + self.width]
 
@@ -127,7 +127,7 @@ def _pad_halves(weight: Tensor, n_res: int) -> Tensor:
 
 
 def can_fuse(flow: StepFlow) -> bool:
-    """Whether the Triton kernel takes this flow."""
+    """Tell whether the Triton kernel takes this flow."""
     return layer_kernel is not None and flow.front.size(1) <= MAX_CHANNELS and flow.front.dtype != torch.float64
 
 

@@ -264,7 +264,7 @@ class _LayerOfClip:
             clip.after[rows, self.clip_width :] = 0
 
     def backward(self, grad: _Clip, grad_layer: Layer) -> None:
-        """From the gradients of after and params write those of hidden and conditioning, add to those of the weights.
+        """Write the gradients of hidden and conditioning, add to those of the weights, from those of after and params.
 
         The lowest rows come first, which need nothing of those above them.
         """

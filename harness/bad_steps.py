@@ -25,7 +25,7 @@ class BadSteps:
         self.limit, self.batch, self.remedy, self.in_a_row = limit, batch, remedy, in_a_row
 
     def judge(self, iteration: int, loss: float, norm: float) -> bool:
-        """Whether the step that ended at `iteration` was good; InputError when `limit` in a row were not."""
+        """Tell whether the step that ended at `iteration` was good; InputError when `limit` in a row were not."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.in_a_row = 0
             return True

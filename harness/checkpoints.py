@@ -72,7 +72,7 @@ def newest_whole(
     read: Callable[[Path], Content],
     warn: Callable[[str], None] = terminal.warn,
 ) -> Content | None:
-    """What `read` makes of the newest checkpoint that it can read; None where there is none.
+    """Result of `read` for the newest checkpoint that it can read; None where there is none.
 
     Each file is read once, from the newest on; one for which `read` raises InputError is warned of.
     """

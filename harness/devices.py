@@ -62,7 +62,7 @@ def make_deterministic() -> None:
 
 
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; without, it is slower at them than at float32."""
+    """Tell whether this CPU multiplies bfloat16 matrices in hardware; without, it is slower at them than at float32."""
     if platform.machine().lower() in ("arm64", "aarch64"):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Remedies:
-    """What the user of a command can do, in words of its own flags and keys; each ends a message."""
+    """Advice to the user of a command, in words of its own flags and keys; each ends a message."""
 
     resume: str  # go on with a run that ended early
     weights_only: str  # leave the rest of a checkpoint that does not fit aside

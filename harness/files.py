@@ -43,7 +43,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether the name is that of a file which `written_whole` is writing, or was writing when it was killed."""
+    """Recognise the name of a file which `written_whole` is writing, or was writing when it was killed."""
     return bool(_TEMPORARY.fullmatch(path.name))
 
 

@@ -1,4 +1,4 @@
-"""What a run writes for people: tables as CSV, and TensorBoard, both over the iteration."""
+"""Records of a run for people: tables as CSV, and TensorBoard, both over the iteration."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

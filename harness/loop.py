@@ -177,7 +177,7 @@ class Progress:
             self.say()
 
     def say(self) -> None:
-        """Where there is no terminal for a bar: one line on the steps since the last one."""
+        """Say a line on the steps since the last one, where there is no terminal for a bar."""
         if self.bar.disable and self._unsaid:
             terminal.say(self.loop.line(self._unsaid, len(self._unsaid) / self._seconds))
         self._unsaid, self._seconds = [], 0.0

@@ -43,7 +43,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Tell whether this is the process that writes and speaks."""
     return rank() == 0
 
 
@@ -138,12 +138,12 @@ def _first_line(error: Exception) -> str:
 
 
 def share(items: Sequence[Result]) -> list[Result]:
-    """This process's part of a list: every item is in exactly one part."""
+    """Part of a list that is this process's: every item is in exactly one part."""
     return list(items[rank() :: world_size()])
 
 
 def share_of_batch(batch: Tensor) -> Tensor:
-    """This process's rows of a whole batch [B, ...], as the loaders share it."""
+    """Rows of a whole batch [B, ...] that are this process's, as the loaders share it."""
     return batch.chunk(world_size())[rank()]
 
 
@@ -197,7 +197,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def agree(stop: StopRequest) -> bool:
-    """Whether any process is to stop; then all are, for the same reason."""
+    """Agree on stopping: where one process is to stop, all are, for the same reason."""
     if world_size() > 1:
         asked = torch.tensor([stop.signal or 0, bool(stop)])
         dist.all_reduce(asked, dist.ReduceOp.MAX)

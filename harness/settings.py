@@ -101,7 +101,7 @@ def _complaint(section: type[Settings], values: dict[str, Any], error: Validatio
 
 
 def unknown_key(name: str, known: Sequence[str]) -> str:
-    """What is wrong with a key that is not among those `known`, and which was probably meant."""
+    """Complaint of a key that is not among those `known`, with the one that was probably meant."""
     near = difflib.get_close_matches(name, known, n=1) if len(name) <= MAX_SHOWN else []
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return f"{name if len(name) <= MAX_SHOWN else show(name)}: unknown key; {hint}"

@@ -1,4 +1,4 @@
-"""How work ends: after a signal or a time, by an error of one line, with a status for the shell."""
+"""The end of work: after a signal or a time, by an error of one line, with a status for the shell."""
 
 import math
 import os

@@ -26,7 +26,7 @@ def quantise(image: np.ndarray, n_bits: int) -> Tensor:
 
 
 def to_pixels(x: Tensor, n_bits: int) -> np.ndarray:
-    """What a model gives, [..., C, H, W] centred, to uint8 [..., H, W, C]; undoes `quantise` at 8 bits."""
+    """Turn what a model gives, [..., C, H, W] centred, into uint8 [..., H, W, C]; undoes `quantise` at 8 bits."""
     levels = 2**n_bits
     values = torch.floor((x.detach().cpu().float() + 0.5) * levels).clamp(0, levels - 1)
     return np.moveaxis((values * (255 / (levels - 1))).round().to(torch.uint8).numpy(), -3, -1)

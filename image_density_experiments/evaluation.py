@@ -1,4 +1,4 @@
-"""What a trained image model knows: bits per dimension, reconstructions, what lies between images, what is strange."""
+"""Measures of a trained image model: bits per dimension, reconstructions, images between images, strangeness."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

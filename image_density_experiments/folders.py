@@ -30,7 +30,7 @@ class FileSplit:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a folder holds; `classes` are names in the order of the labels."""
+    """Contents of a folder; `classes` are names in the order of the labels."""
 
     train: FileSplit
     test: FileSplit
@@ -143,7 +143,7 @@ def _held_out(root: Path, everything: FileSplit) -> list[FileSplit]:
 
 
 def every_tenth(n: int) -> np.ndarray:
-    """Which of n images are for test [n], at least the last one."""
+    """Mask of the test images among n: [n], at least the last one."""
     is_test = np.arange(n) % TEST_EVERY == TEST_EVERY - 1
     is_test[-1] |= not is_test.any()
     return is_test

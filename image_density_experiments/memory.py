@@ -34,7 +34,7 @@ def run_checkpointed(steps: Sequence[BoundStep], x: Tensor) -> tuple[Tensor, Ten
 
 
 def run_reversible(steps: Sequence[BoundStep], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, keeping the output of the last step only: each input is found again by the step's inverse.
+    """Run the steps, keeping the output of the last only: each input is found again by the step's inverse.
 
     So memory does not grow with the number of steps (Gomez et al., 2017).
     """

@@ -50,7 +50,7 @@ class Depth(NamedTuple):
 
 
 class Design(NamedTuple):
-    """What the steps of a level have in common, and how deep their estimator is."""
+    """Parts that the steps of a level have in common, and the depth of their estimator."""
 
     shared_estimator: bool
     depth: Depth
@@ -161,7 +161,7 @@ class Level(nn.Module):
         return x, noise, log_det + split_log_det
 
     def inverse(self, x: Tensor, noise: Tensor | None) -> Tensor:
-        """What came on and what left, back to the level's input."""
+        """Bring what came on and what left back to the level's input."""
         if self.split is not None:
             x = self.split.inverse(x, noise)
         for step in reversed(self.bound_steps()):

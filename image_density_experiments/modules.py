@@ -1,4 +1,4 @@
-"""What the image flows are made of: actnorm, permutations, couplings, estimators, splits, and one flow step.
+"""Parts of the image flows: actnorm, permutations, couplings, estimators, splits, and one flow step.
 
 Shapes: B batch, C channels, H height, W width, D channels of the flow indication map at the first level. Every
 transform follows one contract: forward maps data to noise and also gives log|det| [B], inverse maps noise to data.
@@ -272,7 +272,7 @@ class EstimatorLayer(nn.Module):
 
 
 class Estimator(nn.Module):
-    """What a coupling learns from the half it leaves alone: a stack of layers, one per kernel size.
+    """Features of the half that a coupling leaves alone: a stack of layers, one per kernel size.
 
     It gives features; a ZeroConv projects them to the coupling's parameters, and may be shared or not by itself.
     """
@@ -292,7 +292,7 @@ class Estimator(nn.Module):
 
 
 class FlowIndication(nn.Module):
-    """How a step tells a shared estimator which step it is (NanoFlow, 3.2): a learned map beside its input."""
+    """A learned map beside the input, which tells a shared estimator the step it works for (NanoFlow, 3.2)."""
 
     def __init__(self, channels: int, height: int, width: int) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ class FlowIndication(nn.Module):
 
 
 class FlowStep(nn.Module):
-    """What a step of any model type owns: actnorm, permutation, and with `indication` the map and the gates."""
+    """Parts of a step of any model type: actnorm, permutation, and with `indication` the map and the gates."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ JOBS = ("evaluate", "sample", "interpolate", "ood")  # beside training, each a f
 
 
 class TrainOptions(Settings):
-    """How to train, under the names of the published flags."""
+    """Settings of a training, under the names of the published flags."""
 
     batch_size: int = Field(64, ge=1)
     eval_batch_size: int = Field(512, ge=1)

@@ -17,7 +17,7 @@ MARK = object()
 
 
 class Name(NamedTuple):
-    """What a GLOBAL names, as text."""
+    """Name that a GLOBAL holds, as text."""
 
     text: str
 

@@ -34,7 +34,7 @@ TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262  # tags
 
 @dataclass(frozen=True, kw_only=True)
 class ImageForm:
-    """How pictures become the images of a model."""
+    """The form that pictures take as images of a model."""
 
     size: int | None = None  # pixels: the shorter side is scaled to it and the middle cut out; None: as they are
     channels: int | None = None  # 1: grey, 3: RGB; None: 1 where all pictures are grey
@@ -54,7 +54,7 @@ class ImageForm:
 
 
 class Header(NamedTuple):
-    """What a picture's file says before it is decoded."""
+    """Facts that a picture's file tells before it is decoded."""
 
     height: int
     width: int
@@ -81,7 +81,7 @@ def read_picture(path: Path, form: ImageForm) -> np.ndarray:
 
 
 def is_grey(image: "Image") -> bool:
-    """Whether a PIL image has no colours by its mode."""
+    """Tell whether a PIL image has no colours by its mode."""
     return image.mode in GREY_MODES or image.mode.startswith("I;16")
 
 

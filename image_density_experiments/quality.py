@@ -1,4 +1,4 @@
-"""How near samples are to images as sets: Fréchet (FID) and kernel (KID) distances of their features.
+"""Distances of samples from images as sets: Fréchet (FID) and kernel (KID) distances of their features.
 
 Features come from a network that the user has, or from the flow's own top latents; nothing is downloaded. Distances are
 comparable only where the features, the test images and the number of samples are the same.

@@ -35,7 +35,7 @@ class Samples(NamedTuple):
 
 
 def leaves_range(images: Tensor) -> Tensor:
-    """Which of images [n, C, H, W] hold a value that is not finite, or beyond TOLERANCE of black or white: [n]."""
+    """Mark the images [n, C, H, W] with a value that is not finite, or beyond TOLERANCE of black or white: [n]."""
     return ~(images.abs() <= 0.5 + TOLERANCE).flatten(1).all(1)  # not, as comparisons with nan are false
 
 
@@ -78,7 +78,7 @@ class Shown(NamedTuple):
 
     @property
     def remark(self) -> str:
-        """What a title says of it: nothing if there is nothing to say."""
+        """Words for a title: none if there is nothing to say."""
         return f" ({self.n_not_finite} not finite: grey)" if self.n_not_finite else ""
 
 

@@ -1,4 +1,4 @@
-"""What a dataset is to the models: a train and a test split of uint8 images, in memory or read when asked for."""
+"""Datasets as the models see them: a train and a test split of uint8 images, in memory or read when asked for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -143,3 +143,19 @@ def test_from_the_likelihood_to_the_convolution_are_four_calls():
         torch.nn.functional.conv2d = conv2d
     assert max(map(len, names)) == 4
     assert ["Conv.forward", "EstimatorLayer.forward", "Estimator.forward", "Flow.forward"] in names
+
+
+# Docstrings begin with a noun or a verb, and so say what a thing is or does.
+OTHER_WORDS = "That Those Of As What Where How Why Whether Within In Which When While From By On For To With Without It"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_docstrings_begin_with_a_noun_or_a_verb(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            continue
+        name = getattr(node, "name", "the room")
+        if not name.startswith("_") and (text := ast.get_docstring(node)):
+            first, line = text.split(maxsplit=1)[0].rstrip(",:;"), text.splitlines()[0]
+            assert first not in OTHER_WORDS.split() and not text.startswith("The same "), f"{name}: {line}"

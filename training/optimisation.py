@@ -1,4 +1,4 @@
-"""What surrounds the optimizer: the learning rate of each step, and a moving average of the weights."""
+"""Learning rate of each step, and a moving average of the weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +15,9 @@ from harness.errors import InputError
 
 
 def rate_factor(config: TrainConfig, steps: int) -> float:
-    """Factor of `learning_rate` for the step after `steps`: lr_decay_gamma every lr_decay_step steps, and a linear rise
-    over the first warmup_steps.
+    """Factor of `learning_rate` for the step after `steps`.
+
+    lr_decay_gamma every lr_decay_step steps, and a linear rise over the first warmup_steps.
     """
     return config.lr_decay_gamma ** (steps // config.lr_decay_step) * min(
         1.0, (steps + 1) / max(1, config.warmup_steps)

@@ -1,4 +1,4 @@
-"""How a training step computes: float32, or half precision through torch.amp or NVIDIA Apex."""
+"""Arithmetic of a training step: float32, or half precision through torch.amp or NVIDIA Apex."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -51,7 +51,7 @@ class Precision:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if uninterrupted."""
+        """State that a resumed run needs to go on as if uninterrupted."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
