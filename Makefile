@@ -14,11 +14,14 @@ IMAGE_DEMO := --hidden_channels 24 --K 8 --L 2 --batch_size 16 --epochs 2 --warm
 
 .PHONY: demo demo-images test test-kernels lint soak clean
 
+# First the weights that come with the project speak, then a small model is trained on the embedded corpus.
 demo: $(VENV)/demo.stamp
+	$(BIN)/python -m experiments speak --output demo/speech
 	$(BIN)/python data.py demo demo/data
 	$(BIN)/python train.py -c $(DEMO) --max_iterations $(DEMO_ITERATIONS) --resume latest
 	$(BIN)/python train.py -c $(DEMO) --evaluate
-	$(BIN)/python train.py -c $(DEMO) --synthesize -t 0.9
+	$(BIN)/python train.py -c $(DEMO) --synthesize --match_mel 4
+	$(BIN)/python -m experiments speak --weights $(DEMO) --list demo/data/test_files.txt --output demo/trained
 
 # Glow and NanoFlow at equal size on patches of two photographs, a few minutes each: bits/dim beside parameter counts.
 demo-images: $(VENV)/demo.stamp

@@ -2,10 +2,12 @@
 
 A file `waveflow_<iteration>` holds a dict with the published entries `model` (under the published key names),
 `iteration`, `optimizer`, `scheduler` and `learning_rate`; this project adds `config`, `training_state`, and with
-`ema_decay` the moving average of the weights as `ema`.
+`ema_decay` the moving average of the weights as `ema`. Weights to be passed on are safetensors files: the same names,
+with the config and facts about the training as texts.
 The optimizer numbers its parameters in the order of the keys of `model`.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +23,7 @@ from harness import checkpoints, terminal
 from harness.checkpoints import random_state as random_state
 from harness.checkpoints import read_torch_file, save_whole
 from harness.errors import InputError
+from harness.safetensors_files import SUFFIX, save_safetensors
 from model import build_model
 
 MEL_KEYS = {"sampling_rate", "filter_length", "hop_length", "win_length", "mel_fmin", "mel_fmax", "use_dbmel"}
@@ -136,13 +139,24 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Returns the file's dict with `model` (and `ema`) under our names (for `load_state_dict`, strict) and `iteration`;
     the other entries where the file has them. Raises InputError on a file that is missing, damaged or not a checkpoint.
     """
-    content = read_torch_file(path, "expected a file in it, or -a N to average N of them")
+    if Path(path).suffix == SUFFIX:
+        content = _content_of(*checkpoints.read_safetensors(path), path)
+    else:
+        content = read_torch_file(path, "expected a file in it, or -a N to average N of them")
     weights = _checked_weights(content, path)
     iteration = content.get("iteration", 0)
     if type(iteration) is not int or not 0 <= iteration < 2**31:
         raise InputError(f"checkpoint {path}: 'iteration' is not a whole number, or out of range")
     average = {"ema": _checked_average(content["ema"], weights, path)} if "ema" in content else {}
     return {**content, **average, "iteration": iteration, "model": _our_weights(weights)}
+
+
+def _content_of(weights: Mapping[str, Tensor], texts: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    try:
+        facts = {key: json.loads(texts[key]) for key in ("config", "iteration") if key in texts}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"checkpoint {path}: its metadata is damaged ({error})") from None
+    return {"model": weights, **facts}
 
 
 def _checked_weights(content: Any, path: str | Path) -> Mapping[str, Tensor]:
@@ -224,14 +238,22 @@ def save_checkpoint(path: str | Path, model: nn.Module, **entries: Any) -> None:
 
     An entry `ema` is weights too, under our names.
     """
-    config = model.config
-
-    def published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {to_published(name, config.coupling_type, config.transform): value for name, value in weights.items()}
-
     if "ema" in entries:
-        entries["ema"] = published(entries["ema"])
-    save_whole(path, {"model": published(model.state_dict()), **entries})
+        entries["ema"] = _published(model, entries["ema"])
+    save_whole(path, {"model": _published(model, model.state_dict()), **entries})
+
+
+def _published(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    kind = model.config
+    return {to_published(name, kind.coupling_type, kind.transform): value for name, value in weights.items()}
+
+
+def export_weights(
+    path: str | Path, model: nn.Module, config: Config, iteration: int, facts: Mapping[str, str]
+) -> None:
+    """Write the weights of a vocoder as safetensors, under the published names, with its config and facts about it."""
+    texts = {**facts, "config": json.dumps(config.to_dict()), "iteration": json.dumps(iteration)}
+    save_safetensors(path, _published(model, model.state_dict()), texts)
 
 
 def keep_newest(newest: Path, n: int, spared: Collection[Path] = ()) -> list[Path]:

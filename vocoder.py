@@ -34,6 +34,9 @@ from synthesis.mel_matching import match_mel
 # Seconds of audio synthesized at once. A clip does not fill a GPU; 60 s are within the largest of its buckets. On a
 # CPU only clips shorter than a tile of the engine gain from company, and wavs are to appear one after the other.
 BATCH_SECONDS = {"cpu": 2.0, "cuda": 60.0}
+PRETRAINED = {  # weights that come with the project, by name
+    "nanoflow": Path(__file__).parent / "pretrained" / "nanoflow-lp128-r64.safetensors",
+}
 
 Array = np.ndarray | Tensor
 Item = TypeVar("Item")
@@ -84,7 +87,8 @@ class Vocoder:
         device: str | torch.device | None = None,
         precision: str | None = None,
     ) -> "Vocoder":
-        """The vocoder of a checkpoint file, of a run's folder (its newest whole one), or of an experiment's run.
+        """The vocoder of a checkpoint file, of a run's folder (its newest whole one), of an experiment's run, or, by
+        name, of weights that come with the project (`PRETRAINED`).
 
         config: experiment file or Config, needed where a checkpoint does not know its own, as the published ones.
         device: by default a GPU where there is any. A moving average of the weights is preferred to the last ones.
@@ -96,6 +100,7 @@ class Vocoder:
             config = path if isinstance(path, Config) else load_config(path)
             checkpoint = _newest_whole(config.run_folder)
         else:
+            path = path if Path(path).exists() else PRETRAINED.get(str(path), path)
             checkpoint = _newest_whole(Path(path)) if Path(path).is_dir() else ckpt.read_checkpoint(path)
         config = _config_of(checkpoint, config)
         device = choose_device(None if device is None else str(device))

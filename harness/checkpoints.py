@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from harness import terminal
 from harness.errors import InputError
 from harness.files import written_whole
+from harness.safetensors_files import load_safetensors
 from harness.torch_files import RefusedFile, load_tensors
 
 MAX_BYTES = 2**33  # with optimizer state, some 700 million parameters; more is not meant
@@ -48,6 +49,16 @@ def read_torch_file(path: str | Path, instead_of_folder: str = "expected a file 
     except IsADirectoryError:
         raise InputError(f"checkpoint {path}: is a folder; {instead_of_folder}") from None
     except (RefusedFile, OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise InputError(f"checkpoint {path}: refused, {error}") from None
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights, and texts about them, of a safetensors file. Raises InputError."""
+    try:
+        return load_safetensors(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path}: no such file") from None
+    except (RefusedFile, OSError, ValueError) as error:
         raise InputError(f"checkpoint {path}: refused, {error}") from None
 
 
