@@ -59,4 +59,5 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo experiments
+	rm -rf $(VENV) demo
+	find experiments -mindepth 1 -maxdepth 1 -type d ! -name data -exec rm -rf {} +  # runs, beside our own files
