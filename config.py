@@ -139,7 +139,7 @@ class WaveFlowConfig(Settings):
     n_layer_per_cycle: int = _count(1, "dilation in height of layer l: 2^(l mod this); in width: 2^l", 16)
     coupling_type: CouplingType = _plain(..., "what flows share")
     size_flow_embed: int = _count(0, "channels of the flow embedding, for `nanoflow`", 2**14, minimum=0)
-    use_weightnorm_embed: Switch = _plain(False, "weight normalisation of the layers that take the flow embedding")
+    use_weightnorm_embed: Switch = _plain(False, "weight normalisation of the flow embedding table, row by row")
     bipartize: Switch = _plain(False, "the second half of the flows reverses the upper and lower rows apart")
     transform: Literal["affine", "spline"] = _plain("affine", "what a flow does to a sample")
     num_bin: int = _count(8, "bins of a spline", 2**8)

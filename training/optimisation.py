@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from config import TrainConfig
+from config import REMEDIES, TrainConfig
 from harness.errors import InputError
 
 # --- learning rate ----------------------------------------------------------------------------------------
@@ -51,8 +51,7 @@ def scheduled_steps(state: Any) -> int:
     steps = state.get("last_epoch") if isinstance(state, Mapping) else None
     if type(steps) is not int or not 0 <= steps < 2**31:
         raise InputError(
-            f"the checkpoint's training state is damaged (last_epoch is {str(steps)[:40]!r}); --warm_start takes its "
-            "weights only"
+            f"the checkpoint's training state is damaged (last_epoch is {str(steps)[:40]!r}); {REMEDIES.weights_only}"
         )
     return steps
 
@@ -91,7 +90,7 @@ class MovingAverage(AveragedModel):
         for name, average in own.items():
             if name not in weights or weights[name].shape != average.shape:
                 raise InputError(
-                    f"the checkpoint's moving average is of another model ({name}); --warm_start takes its weights only"
+                    f"the checkpoint's moving average is of another model ({name}); {REMEDIES.weights_only}"
                 )
         for name, average in own.items():
             average.copy_(weights[name])
