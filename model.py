@@ -110,6 +110,7 @@ class FlowVocoder(nn.Module):
         """
         x = self._noise(mel, temp, z)
         conditioning = self.condition(mel, x.size(2) * x.size(3))
+        # Each row runs the estimator over all rows above it; what these do not change is folded once.
         flows = self.flows() if self.execution.plain else folded_flows(self.flows(), conditioning)
         for flow in reversed(flows):
             x = flow.inverse(x, conditioning)

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fast.folding import EstimatorWeights, fold_estimators
-from model import Flow, FlowVocoder
-from modules import unsqueeze
+from model import FlowVocoder
+from modules import Flow, unsqueeze
 
 
 @torch.no_grad()

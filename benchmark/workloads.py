@@ -13,7 +13,7 @@ from benchmark.made_up import made_up_trainer
 from config import Config, WaveFlowConfig
 from fast.engine import SynthesisEngine
 from fast.estimators import Execution
-from model import FlowVocoder, build_model
+from model import SHARING, FlowVocoder, build_model
 
 CLIP_SECONDS = 6.5  # the mean clip of LJSpeech
 SLOW_SECONDS = 0.5  # of `reverse`, which does n_height times the work
@@ -112,7 +112,7 @@ def flop_per_sample(config: WaveFlowConfig) -> float:
     """
     n_res, n_layer = config.res_channels, config.n_layer
     flow = n_layer * 18 * n_res**2 + (n_layer - 1) * n_res**2 + n_layer * n_res * 2
-    estimators = config.n_flow if config.coupling_type == "waveflow" else 1
+    estimators = 1 if SHARING[config.coupling_type].estimator else config.n_flow
     return 2.0 * (config.n_flow * flow + estimators * n_layer * config.cin_channels * 2 * n_res)
 
 

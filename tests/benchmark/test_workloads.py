@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmark.workloads import BUILDERS, Bench, Conditions, make_workloads
+from benchmark.workloads import BUILDERS, Bench, Conditions, flop_per_sample, make_workloads
 from config import load_config
 
 PLAIN, CHECKPOINTED = "train_baseline", "train_checkpointed"
@@ -35,3 +35,12 @@ def test_every_workload_runs_and_counts_its_work(bench):
     for workload in make_workloads(bench, [(name, "float32") for name in BUILDERS]):
         workload.job.run()
         assert workload.job.samples > 0 and workload.flop > 0
+
+
+def test_conditioning_is_counted_once_per_estimator(config):
+    model = load_config(config()).waveflow_config
+    own, released = (model.replace(coupling_type=kind) for kind in ("waveflow", "waveflow_official"))
+    shared = model.replace(coupling_type="nanoflow_decomp")
+    conditioning = 2 * model.n_layer * model.cin_channels * 2 * model.res_channels
+    assert flop_per_sample(own) == flop_per_sample(released)
+    assert flop_per_sample(own) - flop_per_sample(shared) == (model.n_flow - 1) * conditioning
