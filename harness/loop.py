@@ -92,6 +92,10 @@ class Loop(ABC):
     def milestone(self, finished: bool) -> None:
         """Save; then evaluate and sample by `stop.unless_stopped`, which a signal ends at once."""
 
+    def is_due(self, iteration: int) -> bool:
+        """Whether there is a milestone after this iteration."""
+        return iteration % self.every == 0
+
     def begin(self) -> None:  # noqa: B027 (by default nothing)
         """Do what comes before the first step."""
 
@@ -125,7 +129,7 @@ class Loop(ABC):
             if len(self._pending) >= READ_BACK_EVERY[trained.device.type]:
                 self._read_back()
             finished = trained.iteration >= self.last or (not self._pending and agree(self.stop))
-            due = due or trained.iteration % self.every == 0
+            due = due or self.is_due(trained.iteration)
             if finished or due:
                 self._read_back()
                 # Weights whose last step was not finite may be the reason: an older checkpoint is the better one.

@@ -1,6 +1,6 @@
 """Measures of a trained image model: bits per dimension, reconstructions, images between images, strangeness."""
 
-from collections.abc import Sequence
+import csv
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.errors import InputError
 from harness.files import written_whole
 from harness.processes import rank, world_size
-from image_density_experiments.data import quantise, test_batches, to_pixels
+from image_density_experiments.data import quantise, test_batches
 from image_density_experiments.datasets import Split
-from image_density_experiments.figures import save_image_rows
 from image_density_experiments.model import ImageFlow
 
 
@@ -61,11 +61,13 @@ def bits_per_dim(
     return torch.cat(results).numpy()
 
 
-def write_bits(path: Path, bits: dict[str, np.ndarray]) -> None:
-    """One CSV row per image: dataset, index, bits per dimension."""
-    with written_whole(path) as temporary:
-        rows = [f"{name},{index},{value:.6f}\n" for name, values in bits.items() for index, value in enumerate(values)]
-        temporary.write_text("dataset,image,bits_per_dim\n" + "".join(rows), encoding="utf-8")
+def write_bits(path: Path, bits: dict[str, tuple[np.ndarray, Split]]) -> None:
+    """One CSV row per image: dataset, image by its name or number, bits per dimension."""
+    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("dataset", "image", "bits_per_dim"))
+        for name, (values, split) in bits.items():
+            table.writerows((name, split.name(index), f"{value:.6f}") for index, value in enumerate(values))
 
 
 class Reconstruction(NamedTuple):
@@ -92,8 +94,11 @@ def reconstruct(model: ImageFlow, split: Split, n: int) -> Reconstruction:
 def interpolate(model: ImageFlow, split: Split, n_pairs: int, n_steps: int) -> Tensor:
     """Straight lines between the latents of pairs of images, decoded: [n_pairs, n_steps, C, H, W].
 
-    The pairs are spread over the split, so that they are of different images.
+    The images are spread over the split and none is in two pairs, so that a small split has fewer of them.
     """
+    n_pairs = min(n_pairs, len(split.images) // 2)
+    if n_pairs < 1:
+        raise InputError(f"{len(split.images)} test images: a line between two needs at least 2")
     x = spread_images(model, split, 2 * n_pairs)
     latents, _ = model.encode(x + 0.5 / 2**model.config.n_bits)
     shares = torch.linspace(0, 1, n_steps).to(x).view(1, -1, 1, 1, 1)
@@ -102,33 +107,18 @@ def interpolate(model: ImageFlow, split: Split, n_pairs: int, n_steps: int) -> T
 
 
 def spread_images(model: ImageFlow, split: Split, n: int) -> Tensor:
-    """n images at even distances over a split, as the model takes them, on its device."""
-    indices = np.linspace(0, len(split.images) - 1, n).round().astype(int)
+    """n images, or all if there are fewer, at even distances over a split, as the model takes them, on its device."""
+    indices = np.linspace(0, len(split.images) - 1, min(n, len(split.images))).round().astype(int)
     images = np.stack([np.asarray(split.images[index]) for index in indices])
     return quantise(images, model.config.n_bits).to(next(model.parameters()))
 
 
 def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
-    """Share of pairs in which the image from outside has more bits per dimension: 0.5 is chance, 1 perfect."""
+    """How often an image from outside has more bits per dimension than one from inside: 0.5 is chance, 1 perfect.
+
+    Bits that are not finite are more than any other.
+    """
     from sklearn.metrics import roc_auc_score  # slow to import
 
-    is_outside = np.repeat([0, 1], [len(inside), len(outside)])
-    return float(roc_auc_score(is_outside, np.concatenate([inside, outside])))
-
-
-def save_samples(path: Path, model: ImageFlow, temperatures: Sequence[float], seed: int, n: int = 12) -> None:
-    """A grid of samples, a row per temperature, from the same noise each time; the classes in turn."""
-    rows: dict[str, np.ndarray] = {}
-    diverged, was_training = 0, model.training
-    model.eval()
-    for temperature in temperatures:
-        with torch.random.fork_rng(devices=[]):  # none of the run's own random numbers
-            torch.manual_seed(seed)
-            y_onehot = one_hot(torch.arange(n) % model.config.y_classes, model)
-            images = model.reverse(y_onehot=y_onehot, temperature=temperature, n=n)
-        diverged += int((~torch.isfinite(images)).flatten(1).any(1).sum())
-        rows[f"T = {temperature:g}"] = to_pixels(torch.nan_to_num(images), model.config.n_bits)
-    model.train(was_training)
-    title = f"{model.config.model_type}: samples at several temperatures"
-    # Inverse couplings divide by scales that a young model may make tiny for latents it has never seen.
-    save_image_rows(path, rows, title + (f" ({diverged} overflowed: grey)" if diverged else ""))
+    is_outside, bits = np.repeat([0, 1], [len(inside), len(outside)]), np.concatenate([inside, outside])
+    return float(roc_auc_score(is_outside, np.where(np.isfinite(bits), bits, np.finfo(np.float64).max)))

@@ -9,7 +9,8 @@ from harness.loop import Loop, Step
 from harness.processes import gather, is_main
 from harness.stopping import StopRequest
 from image_density_experiments.checkpoint import REMEDIES
-from image_density_experiments.evaluation import bits_per_dim, save_samples
+from image_density_experiments.evaluation import bits_per_dim
+from image_density_experiments.sampling import save_samples
 from image_density_experiments.trainer import Trainer
 
 STEP_COLUMNS = ("iteration", "epoch", "bits_per_dim", "class_loss", "grad_norm", "learning_rate")
@@ -38,6 +39,25 @@ class ImageLoop(Loop):
         self.temperatures = temperatures
         self.epochs_done = trainer.epoch  # and reported
         self.steps, self.seconds = 0, 0.0  # of this epoch
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether an epoch ends here, or a checkpoint was asked for."""
+        every = self.trained.options.save_every
+        return super().is_due(iteration) or (every is not None and iteration % every == 0)
+
+    def begin(self) -> None:
+        """Say what an epoch costs, before it begins."""
+        trainer = self.trained
+        if trainer.iteration >= self.last:
+            return
+        seconds, n_steps = trainer.seconds_per_step(), trainer.batches_per_epoch
+        # Evaluating goes forward only, about a third of a step.
+        evaluation = seconds / 3 * len(trainer.data.test.images) / trainer.options.batch_size
+        if is_main():
+            terminal.say(
+                f"an epoch is {n_steps} steps of {trainer.options.batch_size} images: about "
+                f"{_duration(n_steps * seconds)}, and {_duration(evaluation)} for the test images"
+            )
 
     def close(self) -> None:
         """Close both tables."""
@@ -85,7 +105,7 @@ class ImageLoop(Loop):
         options = trainer.options
         own_bits = self.stop.unless_stopped(
             lambda: bits_per_dim(
-                trainer.model, trainer.data.test, options.eval_batch_size, options.seed, options.amp, shared=True
+                trainer.model, trainer.data.test, options.evaluated_at_once, options.seed, options.amp, shared=True
             ).tolist()
         )
         test_bits = gather(own_bits)
@@ -111,3 +131,10 @@ class ImageLoop(Loop):
             save_samples(path, trainer.model, self.temperatures, trainer.options.seed)
         except OSError as error:
             terminal.say(f"warning: the samples were not written ({error.strerror or error})")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

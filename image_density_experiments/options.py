@@ -1,7 +1,7 @@
 """The image command's flags: those of the published train.py and a few more, checked once, then frozen."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,32 @@ from pydantic import Field
 
 from harness.arguments import number, whole_number
 from harness.errors import InputError
+from harness.folder import CONFIG_NAME
 from harness.settings import Settings
 from image_density_experiments.datasets import ALL
 from image_density_experiments.model import COUPLINGS, DESIGNS, PERMUTATIONS, ImageModelConfig
-from image_density_experiments.pictures import ImageForm
 
 FOLDER = Path(__file__).resolve().parent
-JOBS = ("evaluate", "sample", "interpolate", "ood")  # beside training, each a flag
+DATASETS_FOLDER = FOLDER / "datasets"
+JOBS = ("evaluate", "sample", "interpolate", "ood", "fid")  # beside training, each a flag
+TEMPERATURES = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
+
+
+class DataOptions(Settings):
+    """Which images, and how own pictures become images; `pictures.ImageForm` checks the latter."""
+
+    dataset: str = "patches"
+    dataroot: str | None = None
+    image_size: int | None = None
+    channels: int | None = None
+    background: str = "white"
 
 
 class TrainOptions(Settings):
     """Settings of a training, under the names of the published flags."""
 
     batch_size: int = Field(64, ge=1)
-    eval_batch_size: int = Field(512, ge=1)
+    eval_batch_size: int | None = Field(None, ge=1)  # None: the batch size
     epochs: int = Field(3000, ge=1)
     lr: float = Field(5e-4, gt=0)
     warmup: float = Field(5, ge=0)  # epochs
@@ -37,20 +49,24 @@ class TrainOptions(Settings):
     augmented: bool = True
     amp: bool = False
     sample_every: int = Field(1, ge=1)  # epochs
+    save_every: int | None = Field(None, ge=1)  # iterations, beside every epoch
+
+    @property
+    def evaluated_at_once(self) -> int:
+        """Images of an evaluation's batch: no more than training has memory for."""
+        return self.eval_batch_size or self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """One command, checked; `model` holds those flags of the architecture that were given."""
+    """What one command is asked to do; `model`, `train` and `data` hold those of their flags that were given."""
 
     job: str  # "train" or one of JOBS
     model: Mapping[str, Any]
     memory: str  # of memory.MEMORY_MODES
-    train: TrainOptions
-    dataset: str
-    dataroot: Path
+    train: Mapping[str, Any]
+    data: Mapping[str, Any]
     download: bool
-    form: ImageForm  # of own images
     output_dir: Path
     saved_model: Path | None
     saved_optimizer: Path | None
@@ -58,8 +74,12 @@ class Options:
     max_iterations: int | None
     device: str | None
     ood: str | None
-    ood_dataroot: Path
+    ood_dataroot: str | None
+    fid: str | None
     temperatures: tuple[float, ...]
+    n_samples: int | None
+    class_name: str | None
+    save_as: str | None
 
 
 def read_options(arguments: Sequence[str] | None = None) -> Options:
@@ -68,22 +88,37 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     if flags.model_type is not None and flags.model_type not in DESIGNS:
         raise InputError(f"--model_type {flags.model_type}: unknown; there are {', '.join(DESIGNS)}")
     values = vars(flags)
+
+    def given(names: Iterable[str]) -> dict[str, Any]:
+        return {name: values[name] for name in names if values.get(name) is not None}
+
     return Options(
         job=next((job for job in JOBS if values[job]), "train"),
-        model={name: values[name] for name in _model_flags() if values[name] is not None},
+        model=given(_model_flags()),
         memory="reversible" if flags.reversible else "checkpoint" if flags.checkpoint_activations else "plain",
-        train=TrainOptions(**{name: values[name] for name in TrainOptions.model_fields if name in values}),
-        output_dir=flags.output_dir or FOLDER / "experiments" / f"{flags.model_type or 'nanoflow'}_{flags.dataset}",
+        train=given(TrainOptions.model_fields),
+        data=given(DataOptions.model_fields),
+        output_dir=flags.output_dir or _default_folder(flags),
         device="cpu" if flags.no_cuda else None,
-        form=ImageForm(size=flags.image_size, channels=flags.channels, background=flags.background),
-        ood_dataroot=flags.ood_dataroot or flags.dataroot,
         temperatures=tuple(flags.temperatures),
         **{
             name: values[name]
-            for name in ("dataset", "dataroot", "download", "saved_model", "saved_optimizer", "fresh", "ood")
+            for name in (
+                *("download", "saved_model", "saved_optimizer", "fresh", "max_iterations"),
+                *("ood", "ood_dataroot", "fid", "n_samples", "class_name", "save_as"),
+            )
         },
-        max_iterations=flags.max_iterations,
     )
+
+
+def _default_folder(flags: argparse.Namespace) -> Path:
+    """The run that is gone on with, or one named after what is trained."""
+    saved = flags.saved_model
+    if saved is not None and saved.is_dir():
+        return saved
+    if saved is not None and (saved.parent / CONFIG_NAME).is_file():
+        return saved.parent
+    return FOLDER / "experiments" / f"{flags.model_type or 'nanoflow'}_{flags.dataset or DataOptions().dataset}"
 
 
 def _model_flags() -> list[str]:
@@ -100,7 +135,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         epilog="Without a job, it trains; --saved_model FILE goes on from a checkpoint, or the newest of a folder.",
     )
     _add_model_flags(parser.add_argument_group("model (from the checkpoint, if there is one)"))
-    _add_data_flags(parser.add_argument_group("data"))
+    _add_data_flags(parser.add_argument_group("data (of the run, if there is one)"))
     training = parser.add_argument_group("training")
     _add_training_flags(training)
     _add_run_flags(training)
@@ -122,26 +157,26 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add("--flow_embed_dim", type=int, help="channels of the flow indication at the first level (default 1)")
     add("--no_learn_top", dest="learn_top", help="a standard Gaussian at the top", **switch)
     add("--y_condition", action="store_true", default=None, help="condition on the class")
-    add("--n_bits", type=int, choices=(5, 8), help="bits per colour that are modelled (default 8)")
+    add("--n_bits", type=int, choices=range(1, 9), metavar="N", help="bits per colour that are modelled (default 8)")
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--dataset", default="patches", metavar="NAME", help=f"{', '.join(ALL)} (default patches, embedded)")
-    add("--dataroot", type=Path, default=FOLDER / "datasets", help="folder of the dataset's files, or the file itself")
+    add("--dataset", metavar="NAME", help=f"{', '.join(ALL)} (default patches, embedded)")
+    add("--dataroot", help="folder of the dataset's files, or the file itself")
     add("--download", action="store_true", help="fetch the dataset if it is not there")
-    add("--image_size", type=whole_number(2), metavar="S", help="own images: scaled and cut to S x S pixels")
-    add("--channels", type=int, choices=(1, 3), help="own images: 1 grey, 3 colours (default: what they have)")
-    add("--background", default="white", help="own images: what shows through transparent pixels (default white)")
-    add("--no_augment", dest="augmented", action="store_false", help="train on the images as they are")
+    add("--image_size", type=whole_number(2), metavar="S", help="own images: scale the shorter side, cut out SxS")
+    add("--channels", type=int, choices=(1, 3), help="own images as grey or RGB (default: 1 where all are grey)")
+    add("--background", metavar="COLOUR", help="own images: what shows through transparent pixels (default white)")
+    add("--no_augment", dest="augmented", action="store_false", default=None, help="train on the images as they are")
 
 
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
-    """How to train: the fields of TrainOptions, which says their defaults."""
+    """How to train: the fields of TrainOptions, which says their defaults; None where the run or those decide."""
     add, count, not_negative = group.add_argument, whole_number(1), number(0)
-    add("--batch_size", type=count)
-    add("--eval_batch_size", type=count)
-    add("--epochs", type=count)
+    add("--batch_size", type=count, help="(default 64)")
+    add("--eval_batch_size", type=count, help="(default: --batch_size)")
+    add("--epochs", type=count, help="(default 3000)")
     add("--lr", type=number(0, above=True), help="of Adamax (default 5e-4)")
     add("--warmup", type=not_negative, help="epochs of linear warm-up (default 5)")
     add("--y_weight", type=not_negative, help="of the class loss, with --y_condition (default 0.01)")
@@ -150,9 +185,9 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     add("--n_init_batches", type=count, help="batches that initialise the actnorms (default 8)")
     add("--n_workers", type=whole_number(0), help="data loading processes (default 2)")
     add("--seed", type=whole_number(0))
-    add("--amp", action="store_true", help="estimators in bfloat16")
-    add("--sample_every", type=count, metavar="N", help="epochs from one grid of samples to the next")
-    group.set_defaults(**TrainOptions().to_dict())
+    add("--amp", action="store_true", default=None, help="estimators in bfloat16")
+    add("--sample_every", type=count, metavar="N", help="epochs from one grid of samples to the next (default 1)")
+    add("--save_every", type=count, metavar="N", help="iterations from one checkpoint to the next, beside every epoch")
 
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
@@ -174,9 +209,16 @@ def _add_job_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     job = group.add_mutually_exclusive_group()
     job.add_argument("--evaluate", action="store_true", help="bits/dim of the test images, and reconstructions")
-    job.add_argument("--sample", action="store_true", help="a grid of samples")
+    job.add_argument("--sample", action="store_true", help="a grid of samples; needs no dataset")
     job.add_argument("--interpolate", action="store_true", help="images between test images")
     job.add_argument("--ood", metavar="DATASET", help="compare bits/dim with those of another dataset")
-    add("--ood_dataroot", type=Path, help="where that dataset is (default: --dataroot)")
-    temperatures = [0.25, 0.5, 0.7, 0.8, 0.9, 1.0]
-    add("--temperatures", type=number(0), nargs="+", default=temperatures, help="of samples")
+    job.add_argument(
+        "--fid",
+        metavar="FEATURES",
+        help="FID and KID of samples, by the features of a TorchScript FILE, or by the flow's own: latents",
+    )
+    add("--ood_dataroot", help="where that dataset is (default: --dataroot)")
+    add("--temperatures", type=number(0), nargs="+", default=TEMPERATURES, help="of samples")
+    add("--n_samples", type=whole_number(1), metavar="N", help="samples for each temperature (default 12)")
+    add("--class", dest="class_name", metavar="NAME", help="sample one class of a model with --y_condition")
+    add("--save_as", choices=("png", "npz"), help="samples also as single files, or as one archive, as FID tools read")

@@ -4,18 +4,23 @@ An inverse coupling divides by a scale that a young model may make tiny for a la
 then leave the range by powers of ten, in float64 too. They are rejected, counted, and drawn again.
 """
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from harness.files import written_whole
 from image_density_experiments.data import to_pixels
 from image_density_experiments.evaluation import one_hot
+from image_density_experiments.figures import save_image_rows
 from image_density_experiments.model import ImageFlow
 
 TOLERANCE = 0.5  # how far beyond black or white a value may lie, in units of their distance; it is clipped
 ATTEMPTS = 20  # draws of an image before it is given up
+SHOWN = 12  # samples of a row
 AT_ONCE = 64  # images; what is drawn does not depend on the memory at hand
 
 
@@ -87,3 +92,53 @@ def shown(images: Tensor, n_bits: int) -> Shown:
     finite = torch.isfinite(images)
     n_not_finite = int((~finite).flatten(-3).any(-1).sum())
     return Shown(to_pixels(torch.where(finite, images, 0.0), n_bits), n_not_finite)
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def save_samples(path: Path, model: ImageFlow, temperatures: Sequence[float], seed: int, n: int = SHOWN) -> None:
+    """A grid of samples, a row per temperature, from the same noise each time; the classes in turn."""
+    drawn = {temperature: draw(model, n, temperature, seed) for temperature in temperatures}
+    images = {temperature: shown(samples.images, model.config.n_bits) for temperature, samples in drawn.items()}
+    title = f"{model.config.model_type}: samples at several temperatures"
+    if n_rejected := sum(samples.n_rejected for samples in drawn.values()):
+        title += f", {n_rejected} drawn again"
+    if n_grey := sum(each.n_not_finite for each in images.values()):
+        title += f" ({n_grey} not finite: grey)"
+    save_image_rows(path, {f"T = {temperature:g}": each.pixels for temperature, each in images.items()}, title)
+
+
+def grid_rows(
+    images: Mapping[float, np.ndarray], labels: Tensor | None, class_names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Named rows of a picture of samples [n, H, W, C] by temperature.
+
+    One per temperature; of a single temperature one per class, or as many as it takes. labels [n], if there are any.
+    """
+    if len(images) > 1:
+        return {f"T = {temperature:g}": pixels[:SHOWN] for temperature, pixels in images.items()}
+    [pixels] = images.values()
+    if labels is not None:
+        present = labels.unique()[:SHOWN].tolist()
+        return {class_names[label]: pixels[(labels == label).numpy()][:SHOWN] for label in present}
+    starts = range(0, min(len(pixels), SHOWN**2), SHOWN)
+    return {f"{start + 1} ...": pixels[start : start + SHOWN] for start in starts}
+
+
+def save_samples_as(kind: str, folder: Path, temperature: float, pixels: np.ndarray, labels: Tensor) -> Path:
+    """Samples [n, H, W, C] as single "png" files, or as one "npz" with `arr_0` and `labels`; returns where."""
+    path = folder / f"samples_T{temperature:g}"
+    if kind == "npz":
+        path = path.with_name(f"{path.name}.npz")
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, arr_0=pixels, labels=labels.numpy())
+        return path
+    from PIL import Image
+
+    path.mkdir(exist_ok=True)
+    for old in path.glob("*.png"):  # of a larger set
+        old.unlink()
+    for index, image in enumerate(pixels):
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path / f"{index:06d}.png")
+    return path

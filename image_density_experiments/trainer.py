@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,21 @@ MAX_BAD_STEPS = 10  # in a row, with a loss or gradient that is not finite
 class Trainer:
     """One run: the model, its optimizer, its place in the data.
 
-    start: what `load_checkpoint` returned for weights that the model has already loaded, or None.
+    start: what `load_checkpoint` returned for weights that the model has already loaded, or None. entries: what else
+    its checkpoints say.
     """
 
     def __init__(
-        self, model: ImageFlow, data: ImageData, options: TrainOptions, folder: Path, start: dict[str, Any] | None
+        self,
+        model: ImageFlow,
+        data: ImageData,
+        options: TrainOptions,
+        folder: Path,
+        start: dict[str, Any] | None,
+        entries: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.data, self.options, self.folder = model, data, options, folder
+        self.entries = entries or {}
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.Adamax(
             model.parameters(),
@@ -106,6 +116,33 @@ class Trainer:
         self.iteration += 1
         return bits, class_loss, norm
 
+    def seconds_per_step(self) -> float:
+        """Time of a step without its update, measured; nothing of the run changes, and no random number is drawn."""
+        n = max(1, self.options.batch_size // world_size())
+        x = torch.zeros(n, *self._channels_first(), device=self.device)
+        noise, labels = torch.full_like(x, 0.5 / 2**self.model.config.n_bits), torch.zeros(n, dtype=torch.int64)
+        labels = labels.to(self.device)
+        seconds = math.inf
+        for _ in range(2):  # the first one warms up
+            self._wait()
+            began = time.perf_counter()
+            with half_precision(self.device, self.options.amp):
+                _, bits, y_logits = self.parallel(x, one_hot(labels, self.model), noise)
+            unused = 0 if y_logits is None else 0 * y_logits.sum()
+            (bits.mean() + unused).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            self._wait()
+            seconds = min(seconds, time.perf_counter() - began)
+        return seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _channels_first(self) -> tuple[int, int, int]:
+        height, width, channels = self.model.config.image_shape
+        return channels, height, width
+
     def _on_device(self, tensor: Tensor) -> Tensor:
         """A tensor of the CPU on the device; from pinned memory, so that the host does not wait."""
         if self.device.type == "cuda" and not tensor.is_pinned():
@@ -157,6 +194,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             config=self.model.config.to_dict(),
             options=self.options.to_dict(),
+            **self.entries,
             training_state={
                 "epoch_bits": self._bits,
                 "epoch_steps": self._good_steps,

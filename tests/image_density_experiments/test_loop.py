@@ -11,7 +11,7 @@ import torch
 
 from harness import loop
 from image_density_experiments import checkpoint as ckpt
-from image_density_experiments import evaluation
+from image_density_experiments import sampling
 from image_density_experiments.model import ImageFlow
 from image_density_experiments.trainer import Trainer
 from tests.support.image_runs import rows, run, write_images
@@ -79,7 +79,7 @@ def test_a_full_disk_is_survived(images, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(ckpt, "save_checkpoint", save_some)
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "save_image_rows", refuse)
+        patched.setattr(sampling, "save_image_rows", refuse)
         assert run(images, tmp_path / "run", "--max_iterations", 8) == 0
     assert [path.name for path in (tmp_path / "run").glob("glow_model_*")] == ["glow_model_8.pt"]
     said = capsys.readouterr().out

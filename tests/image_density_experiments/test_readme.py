@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from image_density_experiments.model import ImageModelConfig, build_model, count_parameters
-from image_density_experiments.options import parse_arguments
+from image_density_experiments.options import TrainOptions, parse_arguments, read_options
 
 README = (Path(__file__).parents[2] / "image_density_experiments" / "README.md").read_text(encoding="utf-8")
 HEADER = re.search(r"^\| row \|.*?train\.py (--.*?)` and \|$", README, re.MULTILINE)[1].split()
@@ -30,4 +30,4 @@ def test_the_command_of_a_row_builds_a_model_of_its_size(name, count, flags):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_example_commands_parse(command):
-    assert parse_arguments(command.split()).epochs == 3000
+    assert TrainOptions(**read_options(command.split()).train).epochs == 3000

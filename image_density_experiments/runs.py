@@ -1,0 +1,229 @@
+"""Which run a command means: where it starts, its images, its options, its model. What a checkpoint says is not asked.
+
+Whatever defines a run (images and their form, split, augmentation, architecture, how to train) is in its checkpoints. A
+flag that contradicts one is refused in training; another job may take other test images, and says so.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness import terminal
+from harness.checkpoints import read_torch_file
+from harness.errors import InputError
+from harness.folder import CONFIG_NAME
+from harness.processes import is_main, on_main
+from harness.settings import parse_section
+from image_density_experiments import checkpoint as ckpt
+from image_density_experiments.datasets import OWN, load_images
+from image_density_experiments.model import ImageFlow, ImageModelConfig
+from image_density_experiments.options import DATASETS_FOLDER, DataOptions, Options, TrainOptions
+from image_density_experiments.pictures import ImageForm
+from image_density_experiments.splits import ImageData, Split
+
+Start = dict[str, Any]  # what `checkpoint.load_checkpoint` returns, and the `path`
+# Options that are the run's own, and those whose change makes it another one than was begun.
+RUNS_OWN = ("batch_size", "epochs", "lr", "warmup", "weight_decay", "y_weight", "max_grad_clip", "max_grad_norm")
+RUNS_OWN += ("n_init_batches", "seed", "augmented", "amp")
+RESUMED_AS_BEGUN = ("batch_size", "lr", "warmup", "weight_decay", "seed", "n_init_batches")
+COMPARED = 16  # images of a split that tell it from another one
+
+# --- where it starts --------------------------------------------------------------------------------------------
+
+
+def starting_point(model: Path | None, optimizer: Path | None = None) -> Start | None:
+    """What --saved_model and --saved_optimizer hold; of a folder, its newest checkpoint that can be read."""
+    if model is None:
+        if optimizer is not None:
+            raise InputError("--saved_optimizer belongs to a model; give --saved_model with it")
+        return None
+    start = ckpt.newest_checkpoint(model) if model.is_dir() else {**ckpt.load_checkpoint(model), "path": model}
+    if optimizer is None:
+        return start
+    number = re.search(r"_(\d+)$", model.stem)  # published files are numbered by epochs
+    epoch = {"epoch": int(number[1])} if number else {}
+    return {**epoch, **start, "optimizer": read_torch_file(optimizer)}
+
+
+def trained_start(options: Options) -> Start:
+    """The checkpoint for a job that needs a trained model."""
+    path = options.saved_model or options.output_dir
+    if not path.exists():
+        raise InputError(f"{path}: not there; train first, or name a checkpoint with --saved_model")
+    return on_main(lambda: starting_point(path))
+
+
+def _section(start: Start | None, name: str) -> dict[str, Any]:
+    """An entry of a checkpoint that is a dict; empty where there is none."""
+    entry = {} if start is None else start.get(name, {})
+    if not isinstance(entry, dict):
+        raise InputError(f"checkpoint {start['path']}: its {name} is damaged")
+    return entry
+
+
+# --- how to train -----------------------------------------------------------------------------------------------
+
+
+def train_options(options: Options, start: Start | None) -> TrainOptions:
+    """The options of the run, with the flags that were given; InputError where they make it another one."""
+    saved = {name: value for name, value in _section(start, "options").items() if name in RUNS_OWN}
+    given = options.train
+    if options.job == "train" and saved.get("augmented") and given.get("augmented") is False:
+        raise InputError("--no_augment: the run was trained with augmentation; leave the flag out, or start a new run")
+    for name in RESUMED_AS_BEGUN if options.job == "train" and is_main() else ():
+        if name in given and name in saved and given[name] != saved[name]:
+            terminal.warn(f"{name} was {saved[name]}, now {given[name]}: not an exact continuation")
+    return parse_section(TrainOptions, {**saved, **given})
+
+
+# --- its images -------------------------------------------------------------------------------------------------
+
+
+def data_options(options: Options, start: Start | None) -> DataOptions:
+    """Which images: those of the run; InputError where a flag says otherwise in training, or nothing says which."""
+    given, saved = dict(options.data), _saved_data(start)
+    if start is not None and "dataset" not in {**saved, **given}:
+        raise InputError(
+            f"checkpoint {start['path']}: does not say which images it was trained on; name them with --dataset"
+        )
+    if options.job == "train":
+        for name in given.keys() & saved.keys() - {"dataroot"}:  # they may have moved: they are compared themselves
+            if given[name] != saved[name]:
+                raise InputError(
+                    f"--{name} {given[name]}: the run was trained with {saved[name]}; leave the flag out, or start a "
+                    "new run in another --output_dir"
+                )
+    elif given.get("dataset", saved.get("dataset")) != saved.get("dataset"):
+        saved = {name: saved[name] for name in ("image_size", "background") if name in saved}
+    merged = {**saved, **given}
+    if merged.get("dataset") != OWN:
+        merged = {name: value for name, value in merged.items() if name in given or name in ("dataset", "dataroot")}
+    elif shape := _section(start, "config").get("image_shape"):
+        merged.setdefault("channels", shape[2])
+    return parse_section(DataOptions, {name: value for name, value in merged.items() if value is not None})
+
+
+def _saved_data(start: Start | None) -> dict[str, Any]:
+    saved = {name: value for name, value in _section(start, "data").items() if name in DataOptions.model_fields}
+    if start is not None and not saved:  # an older checkpoint: its folder knows at least the name
+        record = start["path"].parent / CONFIG_NAME
+        try:
+            saved = {"dataset": json.loads(record.read_text(encoding="utf-8"))["dataset"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+    return {name: value for name, value in saved.items() if value is not None}
+
+
+def read_images(which: DataOptions, download: bool = False) -> ImageData:
+    """The images, fetched first by one process if they may be; their notes are said."""
+    form = None
+    if which.dataset == OWN or which.image_size is not None or which.channels is not None:
+        form = ImageForm(size=which.image_size, channels=which.channels, background=which.background)
+    root = which.dataroot or DATASETS_FOLDER
+    if download:
+        on_main(lambda: load_images(which.dataset, root, True, form) and None)
+    data = load_images(which.dataset, root, form=form)
+    if is_main():
+        for note in data.notes:
+            terminal.say(f"{root}: {note}")
+    return data
+
+
+def name_of(which: DataOptions) -> str:
+    """What pictures and lines call a dataset: own images by the name of their folder."""
+    return f"{OWN} {Path(which.dataroot or DATASETS_FOLDER).resolve().name}" if which.dataset == OWN else which.dataset
+
+
+def check_same_images(start: Start | None, which: DataOptions, data: ImageData, training: bool) -> None:
+    """InputError where a run would go on with other images than it began with; a warning before another job."""
+    saved = _section(start, "data")
+    if "images" not in saved or saved["images"] == identity(data):
+        return
+    if not training:
+        if is_main():
+            terminal.warn(f"these are the images of {name_of(which)}, the model was trained on others")
+        return
+    raise InputError(
+        f"{which.dataroot or which.dataset}: not the images that the run began with ({saved.get('n_images')} of "
+        f"training and test, {_sizes(data)} now); give it those with --dataroot, or start a new run"
+    )
+
+
+def data_record(which: DataOptions, data: ImageData) -> dict[str, Any]:
+    """What a checkpoint says of its images."""
+    root = which.dataroot and str(Path(which.dataroot).resolve())
+    about = {"n_images": _sizes(data), "images": identity(data), "class_names": list(data.class_names)}
+    form = {"channels": data.image_shape[2]} if which.dataset == OWN else {}
+    return {**which.to_dict(), "dataroot": root, **form, **about}
+
+
+def _sizes(data: ImageData) -> str:
+    return f"{len(data.train.images)} and {len(data.test.images)}"
+
+
+def identity(data: ImageData) -> str:
+    """A hash that differs where the number, the names, or some of the images of a split differ."""
+    digest = hashlib.sha256()
+    for split in (data.train, data.test):
+        digest.update(
+            f"{len(split.images)} {'' if split.names is None else '/'.join(split.names)}".encode("utf8", "replace")
+        )
+        for index in np.linspace(0, len(split.images) - 1, COMPARED).round().astype(int):
+            digest.update(_content(split, int(index)))
+    return digest.hexdigest()
+
+
+def _content(split: Split, index: int) -> bytes:
+    """A file as it is, which does not depend on who decodes it, or the pixels of an array."""
+    files: Sequence[Path] | None = getattr(split.images, "files", None)
+    return np.ascontiguousarray(split.images[index]).tobytes() if files is None else files[index].read_bytes()
+
+
+# --- its model --------------------------------------------------------------------------------------------------
+
+
+def make_model(
+    start: Start | None, given: Mapping[str, Any], data: ImageData | None = None, dataset: str = ""
+) -> ImageFlow:
+    """The model of the flags, or of the checkpoint, which must not contradict them; with its weights.
+
+    data: the images that it is for, where there are some; dataset: their name.
+    """
+    saved = _section(start, "config")
+    for name, value in given.items():
+        if name in saved and saved[name] != value:
+            raise InputError(f"--{name} {value}: the checkpoint's model has {saved[name]!r}; leave the flag out")
+    from_data = {} if data is None else {"image_shape": data.image_shape, "y_classes": data.n_classes or 10}
+    config = parse_section(ImageModelConfig, {**from_data, **given, **saved})
+    if data is not None:
+        _check_fit(config, data, dataset)
+    model = ImageFlow(config)
+    if start is not None:
+        ckpt.load_weights(model, start["model"])
+    return model
+
+
+def _check_fit(config: ImageModelConfig, data: ImageData, dataset: str) -> None:
+    if config.image_shape != data.image_shape:
+        raise InputError(f"the model takes images of {config.image_shape}, {dataset} has {data.image_shape}")
+    if config.y_condition and config.y_classes != data.n_classes:
+        raise InputError(f"the model knows {config.y_classes} classes, {dataset} has {data.n_classes or 'no'} labels")
+
+
+def load_model(start: Start, given: Mapping[str, Any], device: torch.device, *images: Any) -> ImageFlow:
+    """The trained model of a checkpoint on the device, for jobs; given and images as for `make_model`."""
+    model = make_model(start, given, *images)
+    terminal.say(f"weights: {start['path']}, iteration {start.get('iteration', 'unknown')}")
+    return model.to(device).eval()
+
+
+def class_names(start: Start, model: ImageFlow) -> tuple[str, ...]:
+    """Names of the model's classes, as its images had them; numbers where they had none."""
+    names = _section(start, "data").get("class_names", [])
+    return tuple(names) if len(names) == model.config.y_classes else tuple(map(str, range(model.config.y_classes)))
