@@ -9,7 +9,7 @@ from scipy.linalg import solve_toeplitz
 
 import linear_prediction
 from audio import MelSpectrogram
-from checkpoint import load_checkpoint
+from checkpoint import Checkpoint, load_checkpoint
 from config import DataConfig, load_config
 from data import first_batch
 from harness.errors import InputError
@@ -328,7 +328,8 @@ def test_the_scale_comes_from_the_first_batch_of_fresh_runs_only(config, tmp_pat
     expected.initialise(*first_batch(settings))
     assert torch.equal(fresh.model.linear_prediction.log_scale, expected.log_scale)
     weights = {name: value + 1 for name, value in fresh.model.state_dict().items()}
-    warm = Trainer(settings, torch.device("cpu"), tmp_path, {"model": weights}, warm=True)
+    start = Checkpoint(path=tmp_path, name="other", iteration=0, weights=weights)
+    warm = Trainer(settings, torch.device("cpu"), tmp_path, start, warm=True)
     assert torch.equal(warm.model.linear_prediction.log_scale, expected.log_scale + 1)
 
 
