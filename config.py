@@ -18,6 +18,7 @@ from harness.settings import Settings, Sizes, Switch, parse_section, reference_t
 MAX_WEIGHTS = 2**31
 MAX_CHARACTERS = 2**20  # of an experiment file
 MAX_INT = 2**31 - 1
+MAX_STRIDE = 2**12
 REMEDIES = Remedies(
     resume="the checkpoints are intact: go on with --resume latest",
     weights_only="--warm_start takes its weights only",
@@ -94,17 +95,26 @@ class DataConfig(Settings):
     segment_length: int = _count(16_000, "samples per training crop, a multiple of `n_height`", 2**26)
     sampling_rate: int = _count(22_050, "Hz; wavs must be 16-bit mono at this rate", 2**20)
     filter_length: int = _count(1_024, "samples of the Fourier transform, even", 2**16)
-    hop_length: int = _count(256, "samples from one frame to the next, a multiple of `n_height`", 2**16)
+    hop_length: int = _count(256, "samples from one frame to the next, at least 2", 2**16, minimum=2)
     win_length: int = _count(1_024, "samples of the window, at most `filter_length`", 2**16)
     n_mel_channels: int = _count(80, "mel bands", 2**10)
     mel_fmin: float = Field(0.0, ge=0, le=MAX_INT, description="Hz at which the lowest band begins")
-    mel_fmax: float = _above_zero(8_000.0, "Hz at which the highest band ends, at most half of `sampling_rate`")
+    mel_fmax: float = _above_zero(
+        8_000.0, "Hz at which the highest band ends, at most half of `sampling_rate`, which `null` stands for"
+    )
     rescale: Switch = _plain(False, "divide each clip by its peak, times 0.999")
     use_dbmel: Switch = _plain(False, "decibels mapped to [0, 1] instead of the natural logarithm")
     mel_source: Literal["crop", "clip"] = _plain(
         "crop",
         "added: `crop`: mel of each training crop by itself, as published; `clip`: hop-aligned frames of the clip's",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _half_the_rate(cls, values: dict[str, Any]) -> dict[str, Any]:
+        rate = values.get("sampling_rate", cls.model_fields["sampling_rate"].default)
+        null = "mel_fmax" in values and values["mel_fmax"] is None
+        return {**values, "mel_fmax": rate / 2} if null and type(rate) is int else values
 
     @model_validator(mode="after")
     def _relations(self) -> Self:
@@ -144,7 +154,9 @@ class WaveFlowConfig(Settings):
     transform: Literal["affine", "spline"] = _plain("affine", "what a flow does to a sample")
     num_bin: int = _count(8, "bins of a spline", 2**8)
     tail_bound: float = _above_zero(5.0, "a spline is the identity beyond it")
-    upsample_strides: Sizes = _plain((16, 16), "added: even numbers whose product is `hop_length`")
+    upsample_strides: Sizes = _plain(
+        (16, 16), "added: numbers whose product is `hop_length`; left out: the two nearest to each other"
+    )
 
     linear_prediction: int = _count(
         0, "added: order of linear prediction from the mel, the outermost flow; 0: none", maximum=512, minimum=0
@@ -161,9 +173,9 @@ class WaveFlowConfig(Settings):
             )
         if self.bipartize and self.n_height % 2:
             raise InputError(f"n_height {self.n_height} is odd; bipartize reverses its two halves, so it must be even")
-        if not self.upsample_strides or any(s < 2 or s % 2 or s > 2**12 for s in self.upsample_strides):
+        if not self.upsample_strides or any(not 2 <= s <= MAX_STRIDE for s in self.upsample_strides):
             raise InputError(
-                f"upsample_strides {show(list(self.upsample_strides))}: expected even numbers from 2 to {2**12}"
+                f"upsample_strides {show(list(self.upsample_strides))}: expected whole numbers from 2 to {MAX_STRIDE}"
             )
         if self.weights_at_least > MAX_WEIGHTS:
             raise InputError(
@@ -213,10 +225,10 @@ class Config(Settings):
                 f"data_config.segment_length {data.segment_length} is not a multiple of "
                 f"waveflow_config.n_height {model.n_height}; the nearest that is: {near}"
             )
-        if data.hop_length % model.n_height:
+        if model.n_height > data.hop_length:
             raise InputError(
-                f"data_config.hop_length {data.hop_length} is not a multiple of waveflow_config.n_height "
-                f"{model.n_height}, so whole clips could not be squeezed; choose a height that divides it"
+                f"waveflow_config.n_height {model.n_height} is more than data_config.hop_length {data.hop_length}; a "
+                "column of the squeezed audio may be as long as a frame at most"
             )
         if model.hop_length != data.hop_length:
             raise InputError(
@@ -293,7 +305,24 @@ def config_from_dict(sections: dict[str, Any]) -> Config:
     for name in ("training_files", "test_files"):
         if isinstance(data, dict) and not data.get(name):
             raise InputError(f"data_config.{name}: missing; expected the path of a list of wav files")
+    sections = _with_strides(sections)
     return Config(**{name: parse_section(kinds[name], value, f"{name}.") for name, value in sections.items()})
+
+
+def _with_strides(sections: dict[str, Any]) -> dict[str, Any]:
+    """The sections with strides for the hop, if they are left out: two factors of it, as near to each other as can be.
+
+    A prime is one stride.
+    """
+    data, model = sections["data_config"], sections["waveflow_config"]
+    if not isinstance(data, dict) or not isinstance(model, dict) or "upsample_strides" in model:
+        return sections
+    hop = data.get("hop_length", DataConfig.model_fields["hop_length"].default)
+    if type(hop) is not int or not 2 <= hop <= 2**16:
+        return sections  # to be refused by name
+    smaller = max(factor for factor in range(1, math.isqrt(hop) + 1) if hop % factor == 0)
+    strides = [hop // smaller, smaller] if smaller > 1 else [hop]
+    return {**sections, "waveflow_config": {**model, "upsample_strides": strides}}
 
 
 def _apply_override(sections: dict[str, Any], override: str) -> None:

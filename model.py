@@ -108,19 +108,22 @@ class FlowVocoder(nn.Module):
 
         Without z, noise of standard deviation temp and T' = hop * (F - 1); z [B, 1, h, T'/h] is used as it is.
         """
-        x = self._noise(mel, temp, z)
+        x, length = self._noise(mel, temp, z)
         conditioning = self.condition(mel, x.size(2) * x.size(3))
         # Each row runs the estimator over all rows above it; what these do not change is folded once.
         flows = self.flows() if self.execution.plain else folded_flows(self.flows(), conditioning)
         for flow in reversed(flows):
             x = flow.inverse(x, conditioning)
         audio = unsqueeze(x).squeeze(1)
-        return audio if self.linear_prediction is None else self.linear_prediction.inverse(audio, mel)
+        if self.linear_prediction is not None:
+            audio = self.linear_prediction.inverse(audio, mel)
+        return audio[:, :length]
 
     @torch.no_grad()
     def reverse_fast(self, mel: Tensor, temp: float = 1.0, z: Tensor | None = None) -> Tensor:
         """Audio of `reverse` to 1e-4, through the engine of `fast/`; the model stays as it is."""
-        return SynthesisEngine(self)(mel, self._noise(mel, temp, z))
+        noise, length = self._noise(mel, temp, z)
+        return SynthesisEngine(self)(mel, noise)[:, :length]
 
     def initialise(self, audio: Tensor, mel: Tensor) -> None:
         """Fit to a first batch what depends on data: the scale of the linear prediction, where there is one."""
@@ -155,20 +158,25 @@ class FlowVocoder(nn.Module):
         return squeeze(upsampled[:, :, :n_samples], self.config.n_height)
 
     def sample_noise(self, mel: Tensor, temp: float, generator: torch.Generator | None = None) -> Tensor:
-        """z [B, 1, h, hop*(F-1)/h] for a mel [B, M, F], of standard deviation temp; by a generator of the CPU."""
+        """z [B, 1, h, W] for a mel [B, M, F], of standard deviation temp; by a generator of the CPU.
+
+        W = hop * (F - 1) / h, rounded up: where the height does not divide the hop, audio ends in up to h - 1 samples
+        that are to be cut off.
+        """
         self._check_mel(mel)
         n_samples = self.config.hop_length * (mel.size(2) - 1)
         if n_samples < 1:
             raise InputError(f"a mel of {mel.size(2)} frame(s) covers no audio; expected at least 2")
-        shape = (len(mel), 1, self.config.n_height, n_samples // self.config.n_height)
+        shape = (len(mel), 1, self.config.n_height, -(-n_samples // self.config.n_height))
         return temp * torch.randn(shape, generator=generator).to(mel)
 
-    def _noise(self, mel: Tensor, temp: float, z: Tensor | None) -> Tensor:
+    def _noise(self, mel: Tensor, temp: float, z: Tensor | None) -> tuple[Tensor, int]:
+        """Noise to start from, and the length of the audio that is wanted of it."""
         if z is None:
-            return self.sample_noise(mel, temp)
+            return self.sample_noise(mel, temp), self.config.hop_length * (mel.size(2) - 1)
         if z.dim() != 4 or z.shape[:3] != (len(mel), 1, self.config.n_height):
             raise InputError(f"z of shape {list(z.shape)}: expected [{len(mel)}, 1, {self.config.n_height}, columns]")
-        return z
+        return z, z[0].numel()
 
     def _check_mel(self, mel: Tensor) -> None:
         if mel.dim() != 3 or mel.size(1) != self.config.cin_channels:

@@ -122,7 +122,9 @@ class Upsampler(nn.Module):
         """[B, M, F] -> [B, M, F * hop]."""
         image = mel.unsqueeze(1)  # [B, 1, M, F]
         for conv, stride in zip(self.convs, self.strides, strict=True):
-            image = F.conv_transpose2d(image, conv.weight(), conv.bias, stride=(1, stride), padding=(1, stride // 2))
+            # An odd stride cannot be padded alike on both sides: one sample more goes in front, one less behind.
+            before, less = (stride + 1) // 2, stride % 2
+            image = F.conv_transpose2d(image, conv.weight(), conv.bias, (1, stride), (1, before), (0, less))
             image = F.leaky_relu(image, LEAKY_SLOPE)
         return image.squeeze(1)
 

@@ -196,7 +196,10 @@ class Vocoder:
         """Each clip as it sounds alone; the time is shared out by samples."""
         began = time.perf_counter()
         inputs = [(clip.mel.to(self.device), clip.z.to(self.device)) for clip in batch]
-        sounds = [audio.cpu() for audio in self.engine.synthesize_many(inputs)]
+        lengths = [self.hop_length * (clip.mel.size(1) - 1) for clip in batch]  # noise is of whole columns
+        sounds = [
+            audio[:length].cpu() for audio, length in zip(self.engine.synthesize_many(inputs), lengths, strict=True)
+        ]
         if passes:
             sounds = [self._matched(audio, clip.mel, passes) for audio, clip in zip(sounds, batch, strict=True)]
         per_sample = (time.perf_counter() - began) / sum(map(len, sounds))

@@ -61,7 +61,8 @@ class Bench:
         """Training crops [B, T] and their mels [B, M, F]."""
         hop = self.config.data_config.hop_length
         frames = round(SEGMENT / hop) + 1
-        audio = torch.randn(self.conditions.batch, hop * (frames - 1), device=self.conditions.device)
+        height = self.config.waveflow_config.n_height
+        audio = torch.randn(self.conditions.batch, hop * (frames - 1) // height * height, device=self.conditions.device)
         return audio, self._mel(frames)
 
     def _mel(self, frames: int) -> Tensor:

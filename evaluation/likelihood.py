@@ -62,11 +62,15 @@ def write_likelihoods(path: Path, clips: Sequence[ClipLikelihood]) -> None:
 def clip_likelihoods(
     model: FlowVocoder, clips: ClipDataset, sigma: float, device: torch.device
 ) -> list[ClipLikelihood]:
-    """The log-likelihood of each clip, one at a time, in nats per sample."""
+    """The log-likelihood of each clip, one at a time, in nats per sample.
+
+    Of up to n_height - 1 samples less, where the height does not divide the clip's length.
+    """
     results = []
     # A generator of its own: a loader draws a number even if it needs none, and not from a training run's.
     loader = DataLoader(clips, batch_size=None, generator=torch.Generator())
     for path, audio, mel in tqdm(loader, "likelihood", unit="clip", leave=False, disable=None):
+        audio = audio[: len(audio) // model.config.n_height * model.config.n_height]
         z, log_det = model(audio.unsqueeze(0).to(device), mel.unsqueeze(0).to(device))
         prior = gaussian_log_density(z, sigma).item() / len(audio)
         per_sample = log_det.item() / len(audio)

@@ -100,7 +100,10 @@ REFUSED = {  # by words of the message
     "expected at least 1, got 0": setting("train_config.batch_size=0"),
     "filter_length 1023 is odd": setting("data_config.filter_length=1023"),
     "segment_length 2049 is not a multiple": setting("data_config.segment_length=2049"),
-    "upsample_strides [16, 16] multiply to 256": setting("data_config.hop_length=128"),
+    "upsample_strides [16, 16] multiply to 256": lambda place: [
+        *("--set", "data_config.hop_length=128", "--set", "waveflow_config.upsample_strides=[16, 16]")
+    ],
+    "n_height 8 is more than data_config.hop_length 5": setting("data_config.hop_length=5"),
     "differs from data_config.n_mel_channels 40": setting("data_config.n_mel_channels=40"),
     "needs an embedding size": setting("waveflow_config.size_flow_embed=0"),
     "expected section.key=value": setting("batch_size=3"),
