@@ -257,7 +257,7 @@ def test_shared_rooms_name_no_flag_and_no_key():
 
 def test_every_text_of_a_commands_rooms_names_what_the_command_has(capsys):
     vocoder, images, corpora = vocoder_flags(capsys), image_flags(capsys), data_flags(capsys)
-    benchmarks = {"benchmark", "tests", "harness", "fast", "image_density_experiments"}
+    benchmarks = {"benchmark", "experiments", "tests", "harness", "fast", "image_density_experiments"}
     for path in ROOT.rglob("*.py"):
         room = path.relative_to(ROOT).parts
         if room[0] not in benchmarks and not room[0].startswith(".") and "site-packages" not in room:
