@@ -13,7 +13,6 @@ and is the reference; `fast/` computes the same numbers sooner.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -61,13 +60,8 @@ def row_permutation(n_height: int, halves: bool) -> list[int]:
 
 def permute_rows(x: Tensor, order: tuple[int, ...]) -> Tensor:
     """[B, C, h, W] with row i taken from row order[i]."""
-    return x.index_select(2, _row_index(order, x.device))
-
-
-@cache
-def _row_index(order: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # whoever asks first, a later backward pass may need it
-        return torch.tensor(order, device=device)  # kept there: making it anew would wait for an accelerator
+    rows = x.unbind(2)  # indexing with a list would make an accelerator wait for the list
+    return torch.stack([rows[row] for row in order], dim=2)
 
 
 # --- weight norm ------------------------------------------------------------------------------------------
