@@ -1,6 +1,7 @@
 """The end of work: after a signal or a time, by an error of one line, with a status for the shell."""
 
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -114,7 +115,8 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 
 
 def _end_at_the_parents_word() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    main = multiprocessing.parent_process().pid  # with "forkserver", the system's parent is the server
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
         pass
     os._exit(0)
 

@@ -1,0 +1,54 @@
+"""Training with loader processes under every way that Python starts processes; `forkserver` is that of Python 3.14."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.experiments import ROOT, losses
+
+PROGRAM = """
+import multiprocessing, sys
+multiprocessing.set_start_method(sys.argv[1])
+import train
+sys.exit(train.main(sys.argv[2:]))
+"""
+METHODS = [method for method in ("fork", "forkserver", "spawn") if method in multiprocessing.get_all_start_methods()]
+
+
+def start(method, *arguments):
+    command = [sys.executable, "-c", PROGRAM, method, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_ends_by_itself_with_the_same_losses(method, config, tmp_path, expected):
+    process = start(method, "-c", config(train_config__num_workers=1), "--max_iterations", 6)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    rows = losses(tmp_path / "runs" / "tiny")
+    assert len(rows) == 6 and rows == expected.setdefault("losses", rows)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no signals to send")
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "fork"])
+def test_a_signal_saves_and_ends_it(method, config, tmp_path):
+    process = start(method, "-c", config(train_config__num_workers=1, train_config__iters_per_checkpoint=100_000))
+    log, deadline = tmp_path / "runs" / "tiny" / "losses.csv", time.monotonic() + 100
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "--resume latest" in output
+    assert list((tmp_path / "runs" / "tiny").glob("waveflow_*"))
