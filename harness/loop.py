@@ -93,7 +93,7 @@ class Loop(ABC):
         """Save; then evaluate and sample by `stop.unless_stopped`, which a signal ends at once."""
 
     def is_due(self, iteration: int) -> bool:
-        """Whether there is a milestone after this iteration."""
+        """Tell whether there is a milestone after this iteration."""
         return iteration % self.every == 0
 
     def begin(self) -> None:  # noqa: B027 (by default nothing)

@@ -114,7 +114,7 @@ def spread_images(model: ImageFlow, split: Split, n: int) -> Tensor:
 
 
 def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
-    """How often an image from outside has more bits per dimension than one from inside: 0.5 is chance, 1 perfect.
+    """Chance that an image from outside has more bits per dimension than one from inside: 0.5 is a guess, 1 perfect.
 
     Bits that are not finite are more than any other.
     """

@@ -1,4 +1,4 @@
-"""What can be asked of a trained image model; files go to `evaluation/<checkpoint>/` of the run's folder."""
+"""Jobs for a trained image model; files go to `evaluation/<checkpoint>/` of the run's folder."""
 
 from pathlib import Path
 from typing import NamedTuple

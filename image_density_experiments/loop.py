@@ -41,7 +41,7 @@ class ImageLoop(Loop):
         self.steps, self.seconds = 0, 0.0  # of this epoch
 
     def is_due(self, iteration: int) -> bool:
-        """Whether an epoch ends here, or a checkpoint was asked for."""
+        """Tell whether an epoch ends here, or a checkpoint was asked for."""
         every = self.trained.options.save_every
         return super().is_due(iteration) or (every is not None and iteration % every == 0)
 

@@ -22,7 +22,7 @@ TEMPERATURES = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
 
 
 class DataOptions(Settings):
-    """Which images, and how own pictures become images; `pictures.ImageForm` checks the latter."""
+    """Choice of images, and how own pictures become images; `pictures.ImageForm` checks the latter."""
 
     dataset: str = "patches"
     dataroot: str | None = None
@@ -59,7 +59,7 @@ class TrainOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What one command is asked to do; `model`, `train` and `data` hold those of their flags that were given."""
+    """Requests of one command; `model`, `train` and `data` hold those of their flags that were given."""
 
     job: str  # "train" or one of JOBS
     model: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Which run a command means: where it starts, its images, its options, its model. What a checkpoint says is not asked.
+"""Run that a command means: where it starts, its images, its options, its model. What a checkpoint says is not asked.
 
 Whatever defines a run (images and their form, split, augmentation, architecture, how to train) is in its checkpoints. A
 flag that contradicts one is refused in training; another job may take other test images, and says so.
@@ -38,7 +38,7 @@ COMPARED = 16  # images of a split that tell it from another one
 
 
 def starting_point(model: Path | None, optimizer: Path | None = None) -> Start | None:
-    """What --saved_model and --saved_optimizer hold; of a folder, its newest checkpoint that can be read."""
+    """Contents of --saved_model and --saved_optimizer; of a folder, its newest checkpoint that can be read."""
     if model is None:
         if optimizer is not None:
             raise InputError("--saved_optimizer belongs to a model; give --saved_model with it")
@@ -86,7 +86,7 @@ def train_options(options: Options, start: Start | None) -> TrainOptions:
 
 
 def data_options(options: Options, start: Start | None) -> DataOptions:
-    """Which images: those of the run; InputError where a flag says otherwise in training, or nothing says which."""
+    """Choice of images: those of the run; InputError where a flag says otherwise in training, or nothing says which."""
     given, saved = dict(options.data), _saved_data(start)
     if start is not None and "dataset" not in {**saved, **given}:
         raise InputError(
@@ -136,7 +136,7 @@ def read_images(which: DataOptions, download: bool = False) -> ImageData:
 
 
 def name_of(which: DataOptions) -> str:
-    """What pictures and lines call a dataset: own images by the name of their folder."""
+    """Name of a dataset in pictures and lines: own images by the name of their folder."""
     return f"{OWN} {Path(which.dataroot or DATASETS_FOLDER).resolve().name}" if which.dataset == OWN else which.dataset
 
 
@@ -156,7 +156,7 @@ def check_same_images(start: Start | None, which: DataOptions, data: ImageData, 
 
 
 def data_record(which: DataOptions, data: ImageData) -> dict[str, Any]:
-    """What a checkpoint says of its images."""
+    """Entries of a checkpoint on its images."""
     root = which.dataroot and str(Path(which.dataroot).resolve())
     about = {"n_images": _sizes(data), "images": identity(data), "class_names": list(data.class_names)}
     form = {"channels": data.image_shape[2]} if which.dataset == OWN else {}
