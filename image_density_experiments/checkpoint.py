@@ -18,11 +18,13 @@ from harness.errors import InputError, Remedies
 
 FILE_NAME = re.compile(r"glow_model_(\d+)\.pt")
 REMEDIES = Remedies(
-    resume="the checkpoints are intact: go on with --saved_model FOLDER",
+    resume="go on with --saved_model FOLDER if it holds a checkpoint: those there are intact; else start it again",
     weights_only="save its 'model' entry alone in a file, and start from that with --saved_model FILE",
     bad_steps="the checkpoints are intact: go on from one with --saved_model FILE, a lower --lr or a --max_grad_norm",
-    worker_died="the checkpoints are intact: go on with --saved_model FOLDER, with fewer --n_workers if it recurs",
+    worker_died="go on with --saved_model FOLDER if it holds a checkpoint: those there are intact; with fewer "
+    "--n_workers if it recurs",
 )
+NOTHING_SAVED = "no checkpoint was written yet: start over with --fresh, a lower --lr or a --max_grad_norm"
 _IGNORED = "prior_h"  # a buffer of zeros in the published files
 _TOP = {"top_prior": "learn_top_fn", "class_prior": "project_ycond", "classifier": "project_class"}
 

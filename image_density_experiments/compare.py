@@ -1,13 +1,20 @@
-"""Runs side by side: `python -m image_density_experiments.compare RUN [RUN ...]`, from the project's root.
+"""Runs side by side: `python -m image_density_experiments.compare RUN [RUN ...]`, or this file as a script.
 
 Prints parameters and bits per dimension of each run's newest checkpoint, and draws the training curves.
 """
 
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # as a script: begin again as a module, for the reasons in train.py
+    places = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-P", "-m", "image_density_experiments.compare", *sys.argv[1:]]
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(places)})
+
 import argparse
 import csv
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch

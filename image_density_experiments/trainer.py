@@ -55,7 +55,9 @@ class Trainer:
         self.iteration, self._bits, self._good_steps = 0, 0.0, 0  # of this epoch: the sum over its good steps
         self.batches_per_epoch = max(1, len(data.train.images) // options.batch_size)
         bad_before = 0 if start is None else self._restore(start)
-        self.bad_steps = BadSteps(MAX_BAD_STEPS, self._images_of, ckpt.REMEDIES.bad_steps, bad_before)
+        has_checkpoint = start is not None or bool(ckpt.list_checkpoints(folder))
+        remedy = ckpt.REMEDIES.bad_steps if has_checkpoint else ckpt.NOTHING_SAVED
+        self.bad_steps = BadSteps(MAX_BAD_STEPS, self._images_of, remedy, bad_before)
         self.loader = self._make_loader(self.iteration, options.n_workers, rank(), world_size())
         if start is None:
             self._initialise()
@@ -202,6 +204,7 @@ class Trainer:
                 **random_state(self.device),
             },
         )
+        self.bad_steps.remedy = ckpt.REMEDIES.bad_steps
         return path
 
     def prune(self, newest: Path) -> None:

@@ -1,0 +1,180 @@
+"""A resumed or evaluated run is the same run: what defines it comes from its checkpoint, or is refused or named."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from image_density_experiments.checkpoint import load_checkpoint
+from tests.support.image_command import MODEL, begin, command, pictures, rows
+
+
+@pytest.fixture
+def images(tmp_path):
+    return pictures(tmp_path / "images")
+
+
+# --- what comes from the checkpoint -----------------------------------------------------------------------------
+
+DEFINING = {
+    "nothing": [],
+    "size": ["--image_size", 4],
+    "grey": ["--channels", 1],
+    "bits": ["--n_bits", 5],
+    "background": ["--background", "#102030"],
+    "augmentation": ["--no_augment"],
+    "rate": ["--lr", 1e-3, "--warmup", 1, "--seed", 3, "--max_grad_norm", 10, "--amp"],
+    "epochs": ["--epochs", 3],
+}
+
+
+@pytest.mark.parametrize("what", DEFINING)
+@pytest.mark.parametrize("by", ["folder", "file"])
+def test_a_run_goes_on_as_it_was_begun_without_its_flags(tmp_path, images, what, by):
+    flags = DEFINING[what]
+    begin(tmp_path / "whole", images, *flags, iterations=5)
+    begin(tmp_path / "parts", images, *flags, iterations=3)
+    before = json.loads((tmp_path / "parts" / "config.json").read_text())
+    saved = tmp_path / "parts" if by == "folder" else tmp_path / "parts" / "glow_model_3.pt"
+    assert command("--saved_model", saved, "--max_iterations", 5) == 0
+    after = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert before == after
+    whole, parts = (load_checkpoint(tmp_path / name / "glow_model_5.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
+    assert whole["data"] == parts["data"] and whole["options"] == parts["options"]
+
+
+@pytest.mark.parametrize("job", ["--evaluate", "--interpolate", "--sample"])
+def test_jobs_know_the_images_of_the_run(tmp_path, images, capsys, job):
+    folder = begin(tmp_path / "run", images, "--image_size", 4, "--channels", 1, iterations=4)
+    assert command("--saved_model", folder, job) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    if job == "--evaluate":
+        assert "folder images: " in said.out
+        found = rows(folder / "evaluation" / "glow_model_4" / "bits_per_dim.csv")
+        assert [row["image"] for row in found] == ["009.png", "019.png"]
+        mean = np.mean([float(row["bits_per_dim"]) for row in found])
+        assert mean == pytest.approx(float(rows(folder / "epochs.csv")[-1]["test_bits_per_dim"]), abs=1e-6)
+
+
+def test_moved_images_are_found_by_dataroot_and_are_the_same(tmp_path, images, capsys):
+    folder = begin(tmp_path / "run", images)
+    images = images.rename(tmp_path / "elsewhere")
+    assert command("--saved_model", folder, "--max_iterations", 3) == 1
+    assert "images: not there; --dataset folder needs --dataroot" in capsys.readouterr().err
+    assert command("--saved_model", folder, "--max_iterations", 3, "--dataroot", images) == 0
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dataset", "patches"], "--dataset patches: the run was trained with folder"),
+        (["--image_size", 16], "--image_size 16: the run was trained with 8"),
+        (["--channels", 1], "--channels 1: the run was trained with 3"),
+        (["--background", "black"], "--background black: the run was trained with white"),
+        (["--no_augment"], "--no_augment: the run was trained with augmentation"),
+        (["--n_bits", 5], "--n_bits 5: the checkpoint's model has 8"),
+    ],
+)
+def test_a_flag_that_makes_it_another_run_is_refused(tmp_path, images, capsys, flags, words):
+    folder = begin(tmp_path / "run", images, "--image_size", 8)
+    before = (folder / "config.json").read_bytes()
+    assert command("--saved_model", folder, "--max_iterations", 3, *flags) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert (folder / "config.json").read_bytes() == before
+
+
+CHANGES = {
+    "one more": lambda folder: pictures(folder, 21),
+    "one less": lambda folder: (folder / "007.png").unlink(),
+    "others of the same names": lambda folder: pictures(folder, seed=1),
+    "another name": lambda folder: (folder / "007.png").rename(folder / "007b.png"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_does_not_go_on_with_other_images(tmp_path, images, capsys, change):
+    folder = begin(tmp_path / "run", images)
+    CHANGES[change](images)
+    assert command("--saved_model", folder, "--max_iterations", 3) == 1
+    assert "not the images that the run began with (18 and 2 of training and test, " in capsys.readouterr().err
+    assert command("--saved_model", folder, "--evaluate") == 0
+    assert "the model was trained on others" in capsys.readouterr().err
+
+
+def test_another_test_set_is_named(tmp_path, images, capsys):
+    folder = begin(tmp_path / "run", images)
+    other = pictures(tmp_path / "other", seed=5)
+    assert command("--saved_model", folder, "--evaluate", "--dataroot", other) == 0
+    said = capsys.readouterr()
+    assert "warning: these are the images of folder other, the model was trained on others" in said.err
+    assert "folder other: " in said.out
+
+
+def test_an_older_checkpoint_must_be_told_its_images(tmp_path, images, capsys):
+    """One without an entry on its data: its folder's config.json knows the name; a file alone knows nothing."""
+    folder = begin(tmp_path / "run", images)
+    content = torch.load(folder / "glow_model_2.pt", weights_only=True)
+    del content["data"]
+    torch.save(content, folder / "glow_model_2.pt")
+    assert command("--saved_model", folder, "--evaluate", "--dataroot", images) == 0
+    alone = shutil.copy(folder / "glow_model_2.pt", tmp_path / "alone.pt")
+    capsys.readouterr()
+    assert command("--saved_model", alone, "--output_dir", tmp_path / "new", "--evaluate") == 1
+    assert "alone.pt: does not say which images it was trained on; name them with --dataset" in capsys.readouterr().err
+
+
+# --- memory and time --------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_takes_no_larger_batches_than_training(tmp_path, images, monkeypatch):
+    from image_density_experiments.model import ImageFlow
+
+    sizes, forward = [], ImageFlow.forward
+    monkeypatch.setattr(
+        ImageFlow,
+        "forward",
+        lambda self, x, *more, **options: (sizes.append(len(x)), forward(self, x, *more, **options))[1],
+    )
+    folder = begin(tmp_path / "run", images, "--n_init_batches", 1, size=2, iterations=9)
+    assert max(sizes) == 2
+    assert command("--saved_model", folder, "--evaluate", "--eval_batch_size", 1) == 0
+    assert sizes[-1] == 1
+    seen = [(row["image"], row["bits_per_dim"]) for row in rows(folder / "evaluation/glow_model_9/bits_per_dim.csv")]
+    assert command("--saved_model", folder, "--evaluate", "--eval_batch_size", 20) == 0
+    again = rows(folder / "evaluation/glow_model_9/bits_per_dim.csv")
+    for (name, bits), row in zip(seen, again, strict=True):
+        assert row["image"] == name and float(row["bits_per_dim"]) == pytest.approx(float(bits), abs=1e-4)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, range(1, 7)), (3, [3, 4, 6]), (4, [4, 6]), (5, [4, 5, 6])])
+def test_checkpoints_every_n_iterations_and_every_epoch(tmp_path, images, every, expected):
+    folder = begin(tmp_path / "run", images, "--save_every", every, iterations=6)
+    assert sorted(int(path.stem.rpartition("_")[2]) for path in folder.glob("*.pt")) == list(expected)
+    plain = begin(tmp_path / "plain", images, iterations=6)
+    one, other = (load_checkpoint(path / "glow_model_6.pt")["model"] for path in (folder, plain))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())  # nothing of the run changes
+    assert [row["epoch"] for row in rows(folder / "epochs.csv")] == [row["epoch"] for row in rows(plain / "epochs.csv")]
+
+
+def test_the_cost_of_an_epoch_is_said_before_it(tmp_path, images, capsys):
+    begin(tmp_path / "run", images)
+    lines = capsys.readouterr().out.splitlines()
+    [place] = [number for number, line in enumerate(lines) if "an epoch is 4 steps of 4 images: about " in line]
+    assert not any("iteration 2, epoch" in line for line in lines[:place])
+
+
+def test_advice_names_a_checkpoint_only_where_there_is_one(tmp_path, images, capsys):
+    broken = ["--lr", 1e30, "--warmup", 0]
+    data = ["--dataset", "folder", "--dataroot", images, "--batch_size", 4, "--output_dir", tmp_path / "run"]
+    assert command(*MODEL, *data, *broken, "--max_iterations", 100, "--epochs", 1000) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    saved = list((tmp_path / "run").glob("*.pt"))
+    assert ("--saved_model FILE" in error) == bool(saved) and ("start over with --fresh" in error) == (not saved)
