@@ -93,7 +93,7 @@ class DataConfig(Settings):
     training_files: str = _plain("", "list of wavs, a path per line, relative to the current folder or else the list's")
     test_files: str = _plain("", "list of wavs to evaluate, of wavs and mels to synthesize")
     segment_length: int = _count(16_000, "samples per training crop, a multiple of `n_height`", 2**26)
-    sampling_rate: int = _count(22_050, "Hz; wavs must be 16-bit mono at this rate", 2**20)
+    sampling_rate: int = _count(22_050, "Hz; wavs, or FLACs, must be 16-bit mono at this rate", 2**20)
     filter_length: int = _count(1_024, "samples of the Fourier transform, even", 2**16)
     hop_length: int = _count(256, "samples from one frame to the next, at least 2", 2**16, minimum=2)
     win_length: int = _count(1_024, "samples of the window, at most `filter_length`", 2**16)

@@ -11,6 +11,7 @@ from pathlib import Path
 import librosa.filters
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -67,10 +68,15 @@ def test_a_stretch_equals_the_same_stretch_of_the_whole(wav):
 
 def test_only_the_asked_samples_are_read(wav, monkeypatch):
     read = []
-    original = wave.Wave_read.readframes
-    monkeypatch.setattr(wave.Wave_read, "readframes", lambda self, n: read.append(n) or original(self, n))
-    read_wav(wav, RATE, 1_000, 500)
-    assert sum(read) <= 501  # one more is the look at the file's end
+
+    class Counting(io.FileIO):
+        def read(self, size=-1):
+            read.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(audio, "open", lambda path, *_, **__: Counting(path), raising=False)
+    assert len(read_wav(wav, RATE, 1_000, 500)) == 500
+    assert min(read) > 0 and sum(read) <= 1_000 + 44  # two bytes a sample, and the header
 
 
 def test_a_wav_with_other_chunks_before_its_data_is_read(tmp_path):
@@ -128,10 +134,93 @@ def test_a_truncated_wav_is_refused_by_its_header_alone(wav, lost):
 
 def test_a_header_that_promises_gigabytes_is_refused(wav):
     content = bytearray(wav.read_bytes())
-    content[4:8] = content[40:44] = struct.pack("<L", 2**32 - 1)
+    content[4:8] = content[40:44] = struct.pack("<L", 2**32 - 2)
     wav.write_bytes(content)
     with pytest.raises(InputError, match="truncated"):
         read_wav(wav, RATE)
+
+
+@pytest.mark.parametrize("promise", [0, 2**32 - 1])
+def test_a_streamed_wav_ends_where_its_file_does(wav, promise):
+    whole, content = read_wav(wav, RATE), bytearray(wav.read_bytes())
+    content[4:8] = content[40:44] = struct.pack("<L", promise)  # written before the length was known
+    wav.write_bytes(content)
+    assert wav_length(wav, RATE) == 5_000 and torch.equal(read_wav(wav, RATE), whole)
+    wav.write_bytes(content[:44])
+    with pytest.raises(InputError, match=r"clip\.wav: (holds no audio|truncated)"):
+        wav_length(wav, RATE)
+
+
+def extensible(samples, code=1, bits=16, tail=audio.GUID_TAIL):
+    """A wav in WAVE_FORMAT_EXTENSIBLE, what many programs write for 16-bit mono too."""
+    width = bits // 8
+    fields = struct.pack("<HHLLHHHHL", 0xFFFE, 1, RATE, width * RATE, width, bits, 22, bits, 4)
+    fmt = b"fmt " + struct.pack("<L", 40) + fields + struct.pack("<H", code) + tail
+    body = b"WAVE" + fmt + b"data" + struct.pack("<L", len(samples)) + samples
+    return b"RIFF" + struct.pack("<L", len(body)) + body
+
+
+def test_the_extensible_format_is_read_where_it_is_16_bit_pcm(tmp_path):
+    samples = np.arange(-50, 50, dtype="<i2").tobytes()
+    (tmp_path / "x.wav").write_bytes(extensible(samples))
+    assert torch.equal(read_wav(tmp_path / "x.wav", RATE) * 32_768, torch.arange(-50.0, 50.0))
+    for wrong, words in (
+        (extensible(samples, code=3, bits=32), "floating-point samples, expected 16-bit; .*ffmpeg"),
+        (extensible(samples + bytes(100), bits=24), "24-bit samples"),
+        (extensible(samples, tail=bytes(14)), "format 65534 samples"),
+    ):
+        (tmp_path / "x.wav").write_bytes(wrong)
+        with pytest.raises(InputError, match=words):
+            wav_length(tmp_path / "x.wav", RATE)
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (b"", "it is empty: get it again"),
+        (b"<!DOCTYPE html><html>", "a web page or other text"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "get it again, or remove it"),
+        (b"fLaC\0\0\0", "convert it: ffmpeg"),
+        (b"\0\0\0\x20ftypM4A ", "convert it: ffmpeg"),
+    ],
+)
+def test_advice_can_work_for_the_file_at_hand(tmp_path, content, advice):
+    (tmp_path / "x.wav").write_bytes(content)
+    with pytest.raises(InputError, match=advice) as error:
+        wav_length(tmp_path / "x.wav", RATE)
+    assert ("ffmpeg" in str(error.value)) == ("ffmpeg" in advice)
+
+
+def test_nobody_is_told_to_do_what_he_did(tmp_path):
+    np.save(tmp_path / "m.npy", np.array([{"mel": 1}], dtype=object), allow_pickle=True)
+    (tmp_path / "e.npy").touch()
+    for name, advice in (
+        ("m.npy", "save one array of floating-point numbers"),
+        ("e.npy", "it is empty: make it again"),
+    ):
+        with pytest.raises(InputError, match=advice) as error:
+            read_mel(tmp_path / name, 80)
+        assert "np.save" not in str(error.value)
+
+
+def test_a_flac_is_read_as_its_wav_is(wav):
+    flac = wav.with_suffix(".flac")
+    soundfile.write(flac, soundfile.read(wav, dtype="int16")[0], RATE)
+    assert wav_length(flac, RATE) == 5_000 and torch.equal(read_wav(flac, RATE), read_wav(wav, RATE))
+    assert torch.equal(read_wav(flac, RATE, 1_234, 777), read_wav(wav, RATE, 1_234, 777))
+    with pytest.raises(InputError, match="has it changed"):
+        read_wav(flac, RATE, 4_000, 1_001)
+    with pytest.raises(InputError, match=r"clip\.flac: .*expected 16-bit mono FLAC at 16000 Hz.*ffmpeg"):
+        wav_length(flac, 16_000)
+    for content, words in (
+        (flac.read_bytes()[:-3_000], "truncated|not a FLAC"),
+        (b"<html>", "not a FLAC"),
+        (b"", "FLAC"),
+    ):
+        flac.write_bytes(content)
+        with pytest.raises(InputError, match=words) as error:
+            read_wav(flac, RATE)
+        assert "\n" not in str(error.value)
 
 
 def test_samples_behind_the_end_are_an_error_not_a_shorter_answer(wav):
