@@ -22,7 +22,7 @@ from config import REMEDIES, Config
 from harness import checkpoints, terminal
 from harness.checkpoints import random_state as random_state
 from harness.checkpoints import read_torch_file, save_whole
-from harness.errors import InputError
+from harness.errors import InputError, show
 from harness.safetensors_files import SUFFIX, save_safetensors
 from model import build_model
 
@@ -213,7 +213,8 @@ def check_config(checkpoint: Checkpoint, config: Config) -> None:
             before, now = (list(v) if isinstance(v, tuple) else v for v in (values[key], own[section][key]))
             if before != now:
                 raise InputError(
-                    f"checkpoint {checkpoint.path} was trained with {section}.{key} {before}, the config says {now}; "
+                    f"checkpoint {checkpoint.path} was trained with {section}.{key} {show(before)}, the config says "
+                    f"{show(now)}; "
                     "make them equal"
                 )
 
@@ -268,7 +269,7 @@ def newest_checkpoints(directory: str | Path, n: int) -> list[Path]:
     """The n checkpoints of a run with the highest iterations, newest first. Raises InputError if there are fewer."""
     if not Path(directory).is_dir():
         raise InputError(f"checkpoint_path {directory}: expected the folder that holds the checkpoints to average")
-    found = list_checkpoints(directory)
+    found = [path for path in list_checkpoints(directory) if path.is_file()]
     if len(found) < n:
         raise InputError(f"{directory} holds {len(found)} checkpoint(s); -a {n} needs {n}")
     return found[:n]

@@ -6,6 +6,7 @@ those described as "added". `python config.py` prints the reference of all keys,
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,10 +14,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from harness.errors import InputError, Remedies
+from harness.files import RefusedFile, read_text
 from harness.settings import Settings, Sizes, Switch, parse_section, reference_table, show, unknown_key
 
 MAX_WEIGHTS = 2**31
-MAX_CHARACTERS = 2**20  # of an experiment file
+MAX_BYTES = 2**20  # of an experiment file
 MAX_INT = 2**31 - 1
 MAX_STRIDE = 2**12
 REMEDIES = Remedies(
@@ -259,13 +261,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises InputError naming the file and key.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-        sections = json.loads(text, object_pairs_hook=_distinct) if len(text) <= MAX_CHARACTERS else None
+        sections = json.loads(read_text(path, MAX_BYTES), object_pairs_hook=_distinct)
     except FileNotFoundError:
         raise InputError(f"config {path}: no such file; the shipped ones are in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path}: cannot be read ({error})") from None
+    except (OSError, RefusedFile) as error:
+        raise InputError(f"config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except RecursionError:
         raise InputError(f"config {path}: nested too deeply to be a config") from None
     except InputError as error:
@@ -286,8 +286,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a JSON file; a key given twice is refused, where JSON itself would quietly take the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        count = Counter(name for name, _ in pairs)
+        twice = next(name for name in count if count[name] > 1)
         raise InputError(f"{show(twice)} is given twice; remove one of the two")
     return values
 

@@ -22,8 +22,10 @@ from audio import MelSpectrogram, is_mel_file, read_mel, read_wav, rescale, shor
 from config import REMEDIES, Config, DataConfig, load_config
 from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
 from harness.errors import InputError
+from harness.files import RefusedFile, read_text
 from harness.stopping import exit_status
 
+MAX_LIST_BYTES = 2**26  # of a file list, half a million paths
 _CROP = 1  # a purpose of random numbers; 0 is the order of batches
 
 
@@ -37,11 +39,13 @@ def read_file_list(path: str | Path) -> list[str]:
     something is at that place relative to the list's own folder, from there, so that a corpus can be moved.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path, MAX_LIST_BYTES)
     except FileNotFoundError:
         raise InputError(f"file list {path}: no such file; expected one wav path per line") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"file list {path}: cannot be read as text ({error})") from None
+    except (OSError, RefusedFile) as error:
+        raise InputError(
+            f"file list {path}: cannot be read as text ({getattr(error, 'strerror', None) or error})"
+        ) from None
     entries = [line.strip() for line in text.split("\n") if line.strip()]
     if not entries:
         raise InputError(f"file list {path}: empty; expected one wav path per line")

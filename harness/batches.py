@@ -97,4 +97,4 @@ class BatchLoader(DataLoader):
                 yield from super().__iter__()
         except InputError as error:
             error.__traceback__ = None  # a cycle through the frames that hold the workers; they would linger
-            raise InputError(str(error).rstrip().rpartition("InputError: ")[-1]) from None
+            raise InputError(error.full.rstrip().rpartition("InputError: ")[-1]) from None

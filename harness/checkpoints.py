@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from harness import terminal
-from harness.errors import InputError
+from harness.errors import InputError, show
 from harness.files import written_whole
 from harness.safetensors_files import load_safetensors
-from harness.torch_files import RefusedFile, load_tensors
+from harness.torch_files import RefusedFile, digest, load_tensors
 
 MAX_BYTES = 2**33  # with optimizer state, some 700 million parameters; more is not meant
+DIGEST = "digest"  # of a file's entries
 HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
 Content = TypeVar("Content")
@@ -26,8 +27,12 @@ Content = TypeVar("Content")
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def save_whole(path: str | Path, content: Any) -> None:
-    """Save as torch.save does, leaving either the old file or the complete new one; OSError where the disk refuses."""
+def save_whole(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Save as torch.save does, leaving either the old file or the complete new one; OSError where the disk refuses.
+
+    With an entry `digest` over all others, by which a reader knows them again.
+    """
+    content = {**content, DIGEST: digest(content)}
     with written_whole(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(content, file)
@@ -40,16 +45,30 @@ def save_whole(path: str | Path, content: Any) -> None:
 def read_torch_file(path: str | Path, instead_of_folder: str = "expected a file in it") -> Any:
     """Load tensors and plain containers as torch.load does; no code in the file is ever run. Raises InputError.
 
+    A digest that is in the file, since `save_whole` wrote it, must be that of the rest, and is left out.
     instead_of_folder: what to do where the path is that of a folder.
     """
     try:
-        return load_tensors(path, MAX_BYTES)
+        content = load_tensors(path, MAX_BYTES)
+        if isinstance(content, dict) and DIGEST in content:
+            _check_digest(content)
+        return content
     except FileNotFoundError:
         raise InputError(f"checkpoint {path}: no such file") from None
     except IsADirectoryError:
         raise InputError(f"checkpoint {path}: is a folder; {instead_of_folder}") from None
-    except (RefusedFile, OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise InputError(f"checkpoint {path}: refused, {error}") from None
+    except (RefusedFile, OSError) as error:
+        raise InputError(f"checkpoint {path}: refused, {getattr(error, 'strerror', None) or error}") from None
+
+
+def _check_digest(content: dict[str, Any]) -> None:
+    saved = content.pop(DIGEST)
+    try:
+        right = saved == digest(content)
+    except TypeError:
+        right = False
+    if not right:
+        raise RefusedFile("damaged (its contents are not those of its digest)")
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -101,7 +120,8 @@ def keep_newest(newest: Path, n: int, file_name: re.Pattern[str], spared: Collec
     Returns what was removed. Those beyond it, of a run that was taken up again at an earlier point, stay.
     """
     last = iteration_of(newest, file_name)
-    earlier = [path for path in list_checkpoints(newest.parent, file_name) if iteration_of(path, file_name) <= last]
+    found = [path for path in list_checkpoints(newest.parent, file_name) if path.is_file()]  # not a folder of that name
+    earlier = [path for path in found if iteration_of(path, file_name) <= last]
     kept = {path.resolve() for path in spared}
     surplus = [path for path in earlier[n:] if path.resolve() not in kept] if n else []
     for path in surplus:
@@ -203,7 +223,7 @@ def _check_like(values: Mapping[str, Any], examples: Mapping[str, Any]) -> None:
         else:
             valid = value is None or isinstance(value, (bool, str))
         if not valid:
-            raise TypeError(f"{name} is {str(value)[:40]!r}")
+            raise TypeError(f"{name} is {show(value)}")
 
 
 def _is_number(value: Any) -> bool:

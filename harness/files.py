@@ -1,12 +1,85 @@
-"""Files that appear whole or not at all, tables that outlive a full disk."""
+"""Files: opened only if they are what they should be, written whole or not at all, appended to across a full disk."""
 
+import errno
+import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+from harness.errors import InputError
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # the number is that of the process
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # a named pipe would be waited for until somebody writes
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+class RefusedFile(ValueError):
+    """The file is not what it should be; the message says why, in a few words."""
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def open_file(path: str | Path, max_bytes: int) -> BinaryIO:
+    """Open a regular file for reading; the sizes of others, such as pipes and devices, say nothing.
+
+    RefusedFile where it is another kind of thing or larger than max_bytes; OSError where it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | _NO_WAITING | _BINARY)
+    except ValueError:  # a null byte, or half of a surrogate pair
+        raise RefusedFile("that is no name of a file") from None
+    file = open(descriptor, "rb")  # noqa: SIM115 (the caller's to close)
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise RefusedFile(f"{kind_of(status.st_mode)}, expected a file")
+        if status.st_size > max_bytes:
+            raise RefusedFile(f"{status.st_size} bytes, at most {max_bytes} are accepted")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: str | Path, max_bytes: int) -> bytes:
+    """Content of a regular file of at most max_bytes, whatever it grows to meanwhile; errors as `open_file`."""
+    with open_file(path, max_bytes) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise RefusedFile(f"it grows; at most {max_bytes} bytes are accepted")
+    return content
+
+
+def read_text(path: str | Path, max_bytes: int, errors: str = "strict") -> str:
+    """The same as text, line ends made "\\n"; RefusedFile too where it is not UTF-8, unless `errors` says otherwise."""
+    try:
+        text = read_bytes(path, max_bytes).decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise RefusedFile(f"not text in UTF-8: {error.reason} at byte {error.start}") from None
+    return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+
+
+def kind_of(mode: int) -> str:
+    """What lies at a place in the file system, in words, from its `st_mode`."""
+    return _KINDS.get(stat.S_IFMT(mode), "another thing")
+
+
+# --- writing ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -14,7 +87,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, the file takes its place in one step.
 
     The data reach the disk before the name does, so a crash leaves either the old file or the new one. Whatever
-    goes wrong inside the block, the temporary file is removed and `path` is as it was. The folder is made if needed.
+    goes wrong inside the block, the temporary file is removed and `path` is as it was; an OSError says which file it
+    is of. The folder is made if needed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,8 +99,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary), temporary):
+            error.filename, error.filename2 = str(path), None
         raise
     _sync_folder(path.parent)
 
@@ -52,11 +128,15 @@ def remove_debris(folder: Path) -> list[Path]:
     debris = [
         path
         for path in folder.rglob(".*.tmp")
-        if (match := _TEMPORARY.fullmatch(path.name)) and not _is_alive(int(match[1]))
+        if (match := _TEMPORARY.fullmatch(path.name)) and not _is_alive(int(match[1])) and not _is_folder(path)
     ]
     for path in debris:
         path.unlink(missing_ok=True)
     return debris
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _is_alive(process: int) -> bool:
@@ -72,18 +152,47 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of a file that a run writes in place, made if needed; `flags` as for os.open.
+
+    InputError where a link, or another thing than a file, was put there: what it leads to is not ours to change.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | _NO_LINKS | _NO_WAITING | _BINARY, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise InputError(f"{path}: a link, which is not followed; remove it") from None
+        if error.errno == errno.ENXIO:  # a named pipe or a socket without a reader
+            raise InputError(f"{path}: {kind_of(os.lstat(path).st_mode)}, expected a file; remove it") from None
+        raise
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    what = "one of several links to a file" if stat.S_ISREG(status.st_mode) else kind_of(status.st_mode)
+    raise InputError(f"{path}: {what}, expected a file of its own; remove it")
+
+
 class Appended:
-    """A text file that grows by whole writes; what a full disk refuses is kept and written with what comes next."""
+    """A text file that grows by whole writes; what a full disk refuses is kept and written with what comes next.
+
+    A link in its place is refused: InputError.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed with the run)
+        self._path = path
+        self._file = open(open_own(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)  # noqa: SIM115 (closed with the run)
         self._pending = b""
 
     def write(self, text: str) -> None:
         """Append; an OSError says that the disk refused, and nothing is lost."""
-        self._pending += text.encode()
-        while self._pending:
-            self._pending = self._pending[self._file.write(self._pending) :]
+        self._pending += text.encode("utf-8", "backslashreplace")
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     def close(self) -> None:
         """Close without another attempt."""

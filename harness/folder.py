@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 
 from harness.errors import InputError
-from harness.files import Appended, is_temporary, remove_debris, written_whole
+from harness.files import Appended, is_temporary, open_own, remove_debris, written_whole
 
 VERSION = "0.1.0"  # of this project, for the record of a run
 LOCK_NAME, RECORD_NAME, CONFIG_NAME = "run.lock", "run_record.jsonl", "config.json"
@@ -32,7 +32,7 @@ def locked_run(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
+        file = open(open_own(folder / LOCK_NAME, os.O_RDWR | os.O_APPEND), "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be written ({error.strerror}); choose another output directory or mend its permissions"
@@ -53,7 +53,7 @@ def _take(file: IO[str], folder: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        holder = " ".join(file.read(200).split()) or "unknown"
+        holder = " ".join(file.read(200).split()) or "unknown"  # InputError escapes what else it may hold
         raise InputError(
             f"{folder}: another run is writing there ({holder}); stop it, or choose another output directory"
         ) from None

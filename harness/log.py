@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from harness import terminal
-from harness.files import Appended, written_whole
+from harness.errors import reason
+from harness.files import Appended, RefusedFile, read_text, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
+
+
+MAX_TABLE_BYTES = 2**31  # some 20 million steps
 
 
 class RunLog:
@@ -34,13 +38,22 @@ class RunLog:
     def _open_table(self, path: Path, start: int) -> Appended:
         rows = [",".join(self.columns)]
         if start and path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                iteration, *values = line.split(",")
-                if len(values) + 1 == len(self.columns) and iteration.isdecimal() and int(iteration) <= start:
-                    rows.append(line)
+            rows += [line for line in self._lines(path) if self._is_earlier(line, start)]
         with written_whole(path) as temporary:
             temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
         return Appended(path)
+
+    def _lines(self, path: Path) -> list[str]:
+        try:
+            return read_text(path, MAX_TABLE_BYTES, errors="replace").split("\n")
+        except (RefusedFile, OSError) as error:
+            terminal.warn(f"{path}: the earlier rows cannot be read ({reason(error)}); the table begins anew")
+            return []
+
+    def _is_earlier(self, line: str, start: int) -> bool:
+        iteration, *values = line.split(",")
+        numbered = iteration.isascii() and iteration.isdecimal() and len(iteration) < 20
+        return numbered and len(values) + 1 == len(self.columns) and int(iteration) <= start
 
     def _open_writer(self, first: int | None = None) -> None:
         if self._tensorboard is None:

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError
 from pydantic.fields import FieldInfo
 
-from harness.errors import InputError
+from harness.errors import MAX_SHOWN, InputError
+from harness.errors import show as show
 
-MAX_SHOWN = 60  # characters of a value or key in a message
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most"}
@@ -76,12 +76,6 @@ def parse_section(section: type[Section], values: Any, prefix: str = "") -> Sect
         return section(**values)
     except InputError as error:
         raise InputError(f"{prefix}{error}") from None
-
-
-def show(value: Any) -> str:
-    """The value as Python writes it, cut to a length that fits a message."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 # --- complaints -------------------------------------------------------------------------------------------

@@ -14,17 +14,21 @@ if __name__ == "__main__" and not __package__:  # as a script: begin again as a 
 
 import argparse
 import csv
+import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from harness.errors import InputError
+from harness.errors import InputError, reason, show
+from harness.files import RefusedFile, read_text
+from harness.log import MAX_TABLE_BYTES
+from harness.settings import parse_section
 from harness.stopping import exit_status
-from image_density_experiments.checkpoint import list_checkpoints, load_checkpoint
+from image_density_experiments.checkpoint import list_checkpoints, newest_checkpoint
 from image_density_experiments.figures import save_curves
 from image_density_experiments.loop import EPOCH_FILE, STEP_FILE
-from image_density_experiments.model import build_model, count_parameters
+from image_density_experiments.model import ImageFlow, ImageModelConfig, count_parameters
 
 
 class Run(NamedTuple):
@@ -46,27 +50,47 @@ def read_run(folder: Path) -> Run:
     epochs = _rows(folder / EPOCH_FILE)
     if not checkpoints or not epochs:
         raise InputError(f"{folder}: holds no run with a whole epoch; train it first")
-    config = load_checkpoint(checkpoints[0])["config"]
+    start = newest_checkpoint(folder)
+    config = parse_section(ImageModelConfig, start.get("config"), f"checkpoint {start['path']}: config.")
+    steps, last = folder / STEP_FILE, epochs[-1]
+    curve = [(_whole(row, "iteration", steps), _number(row, "bits_per_dim", steps)) for row in _rows(steps)]
+    bits = [_number(last, column, folder / EPOCH_FILE) for column in ("train_bits_per_dim", "test_bits_per_dim")]
+    iteration = _whole(last, "iteration", folder / EPOCH_FILE)
     with torch.device("meta"):  # counted, not computed with
-        model = build_model(**config)
-    curve = [(int(row["iteration"]), float(row["bits_per_dim"])) for row in _rows(folder / STEP_FILE)]
+        model = ImageFlow(config)
     return Run(
         name=folder.name,
-        model_type=config["model_type"],
-        size=f"hidden {config['hidden_channels']}, K {config['K']}, L {config['L']}",
+        model_type=config.model_type,
+        size=f"hidden {config.hidden_channels}, K {config.K}, L {config.L}",
         parameters=count_parameters(model),
-        iteration=int(epochs[-1]["iteration"]),
-        train=float(epochs[-1]["train_bits_per_dim"]),
-        test=float(epochs[-1]["test_bits_per_dim"]),
+        iteration=iteration,
+        train=bits[0],
+        test=bits[1],
         curve=curve,
     )
 
 
+def _number(row: dict[str, str], column: str, path: Path) -> float:
+    try:
+        return float(row[column])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: {column} is {show(row.get(column))}, expected a number; mend it") from None
+
+
+def _whole(row: dict[str, str], column: str, path: Path) -> int:
+    value = _number(row, column, path)
+    if not value.is_integer() or not 0 <= value < 2**53:
+        raise InputError(f"{path}: {column} is {show(row[column])}, expected a whole number; mend it")
+    return int(value)
+
+
 def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
+    if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        return list(csv.DictReader(io.StringIO(read_text(path, MAX_TABLE_BYTES))))
+    except (RefusedFile, OSError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a table ({reason(error)}); mend or remove it") from None
 
 
 def print_table(runs: Sequence[Run]) -> None:

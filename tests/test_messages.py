@@ -69,7 +69,7 @@ class Place:
 
     def damaged(self, **changes):
         """A copy of the checkpoint with some entries changed; those that are None are left out."""
-        content = torch.load(self.run / "waveflow_2", weights_only=True) | {"iteration": 2} | changes
+        content = torch.load(self.run / "waveflow_2", weights_only=True) | {"iteration": 2, "digest": None} | changes
         path = self.files / f"waveflow_{len(list(self.files.iterdir())) + 10}"
         torch.save({name: value for name, value in content.items() if value is not None}, path)
         return ["--set", f"train_config.checkpoint_path={path}"]
@@ -121,7 +121,7 @@ REFUSED = {  # by words of the message
     "holds no 'model' weights": lambda place: place.damaged(model=None),
     "holds weights only": lambda place: place.damaged(optimizer=None),
     "optimizer state does not fit": lambda place: place.damaged(optimizer={"state": 3}),
-    "last_epoch is '-1'": lambda place: place.damaged(scheduler={"last_epoch": -1}),
+    "last_epoch is -1": lambda place: place.damaged(scheduler={"last_epoch": -1}),
     "training state is damaged": lambda place: place.damaged(training_state=3),
     "random state is damaged": lambda place: place.damaged(training_state={"random_state": torch.zeros(3)}),
     "moving average 'ema' is damaged": lambda place: place.damaged(ema={}),
@@ -198,6 +198,7 @@ def images(tmp_path_factory):
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.tex").touch()
     content = torch.load(folder / "run" / "glow_model_1.pt", weights_only=True)
+    del content["digest"]
     torch.save(content | {"optimizer": {"state": 3}}, folder / "damaged_optimizer")
     torch.save(content | {"training_state": {"random_state": torch.zeros(3)}}, folder / "damaged_random_state")
     torch.save(content | {"training_state": 3}, folder / "damaged_state")

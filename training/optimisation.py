@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import REMEDIES, TrainConfig
-from harness.errors import InputError
+from harness.errors import InputError, show
 
 # --- learning rate ----------------------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ def scheduled_steps(state: Any) -> int:
     steps = state.get("last_epoch") if isinstance(state, Mapping) else None
     if type(steps) is not int or not 0 <= steps < 2**31:
         raise InputError(
-            f"the checkpoint's training state is damaged (last_epoch is {str(steps)[:40]!r}); {REMEDIES.weights_only}"
+            f"the checkpoint's training state is damaged (last_epoch is {show(steps)}); {REMEDIES.weights_only}"
         )
     return steps
 
