@@ -77,8 +77,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         return load_safetensors(path, MAX_BYTES)
     except FileNotFoundError:
         raise InputError(f"checkpoint {path}: no such file") from None
-    except (RefusedFile, OSError, ValueError) as error:
-        raise InputError(f"checkpoint {path}: refused, {error}") from None
+    except (RefusedFile, OSError) as error:
+        raise InputError(f"checkpoint {path}: refused, {getattr(error, 'strerror', None) or error}") from None
 
 
 def list_checkpoints(folder: str | Path, file_name: re.Pattern[str]) -> list[Path]:

@@ -53,7 +53,7 @@ class InputError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """Why, in one line: of an OSError what it is and of which file, without its number; of others the first line."""
+    """The reason in one line: of an OSError which file and what of it, without its number; of others the first line."""
     if isinstance(error, OSError) and error.strerror:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{names}: {error.strerror}" if names else error.strerror

@@ -66,7 +66,7 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: str | Path, max_bytes: int, errors: str = "strict") -> str:
-    """The same as text, line ends made "\\n"; RefusedFile too where it is not UTF-8, unless `errors` says otherwise."""
+    """Content of such a file as text, line ends made "\\n"; RefusedFile too where it is not UTF-8, unless `errors` says otherwise."""
     try:
         text = read_bytes(path, max_bytes).decode("utf-8", errors)
     except UnicodeDecodeError as error:
@@ -75,7 +75,7 @@ def read_text(path: str | Path, max_bytes: int, errors: str = "strict") -> str:
 
 
 def kind_of(mode: int) -> str:
-    """What lies at a place in the file system, in words, from its `st_mode`."""
+    """Name of a kind of thing in the file system, by its `st_mode`."""
     return _KINDS.get(stat.S_IFMT(mode), "another thing")
 
 

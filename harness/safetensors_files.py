@@ -1,6 +1,5 @@
 """Weights as safetensors: tensors and a few texts about them, in a format that cannot hold code."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,8 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from harness.files import written_whole
-from harness.torch_files import RefusedFile
+from harness.files import RefusedFile, open_file, written_whole
 
 SUFFIX = ".safetensors"
 
@@ -24,8 +22,7 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: 
 
 def load_safetensors(path: str | Path, max_bytes: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and texts of a file, on the CPU. Raises RefusedFile, or OSError if it cannot be read at all."""
-    if (size := os.path.getsize(path)) > max_bytes:
-        raise RefusedFile(f"{size} bytes, at most {max_bytes} are accepted")
+    open_file(path, max_bytes).close()  # a pipe would be waited for
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

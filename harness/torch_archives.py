@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
     @property
     def holds_numbers(self) -> bool:
-        """Whether it is a tensor's, and not of those that say how to read them."""
+        """True of a tensor's numbers, not of the entries that say how to read them."""
         return self.name.startswith("data/")
 
 
