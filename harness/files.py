@@ -66,7 +66,10 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: str | Path, max_bytes: int, errors: str = "strict") -> str:
-    """Content of such a file as text, line ends made "\\n"; RefusedFile too where it is not UTF-8, unless `errors` says otherwise."""
+    """Content of such a file as text, line ends made "\\n".
+
+    RefusedFile also where it is not UTF-8, unless `errors` says what to do then, as for bytes.decode.
+    """
     try:
         text = read_bytes(path, max_bytes).decode("utf-8", errors)
     except UnicodeDecodeError as error:

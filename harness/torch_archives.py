@@ -216,7 +216,7 @@ class CheckedFile(io.RawIOBase):
             self._stretches.append(_Stretch(start, stop, _at(self._file, start, stop - start)))
 
     def content(self, entry: Entry) -> bytes:
-        """What an entry that holds no numbers says; RefusedFile where its checksum is another."""
+        """Content of an entry that holds no numbers; RefusedFile where its checksum is another."""
         self.seek(entry.start)
         found = self.read(entry.size)
         if zlib.crc32(found) != entry.crc:
