@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from config import DataConfig, WaveFlowConfig
-from fast.engine import SynthesisEngine
+from fast.engine import engine_of
 from fast.estimators import Execution, FastFlows, folded_flows
 from harness.errors import InputError
 from harness.settings import parse_section
@@ -123,7 +123,7 @@ class FlowVocoder(nn.Module):
     def reverse_fast(self, mel: Tensor, temp: float = 1.0, z: Tensor | None = None) -> Tensor:
         """Audio of `reverse` to 1e-4, through the engine of `fast/`; the model stays as it is."""
         noise, length = self._noise(mel, temp, z)
-        return SynthesisEngine(self)(mel, noise)[:, :length]
+        return engine_of(self)(mel, noise)[:, :length]
 
     def initialise(self, audio: Tensor, mel: Tensor) -> None:
         """Fit to a first batch what depends on data: the scale of the linear prediction, where there is one."""

@@ -47,8 +47,17 @@ def rational_quadratic_spline(
 def _knots(sizes: Tensor, tail_bound: float) -> Tensor:
     n_bins = sizes.size(-1)
     fractions = MIN_BIN + (1 - MIN_BIN * n_bins) * F.softmax(sizes, dim=-1)
-    inner = 2 * tail_bound * fractions[..., :-1].cumsum(-1) - tail_bound
+    inner = 2 * tail_bound * _running_sums(fractions[..., :-1]) - tail_bound
     return F.pad(F.pad(inner, (1, 0), value=-tail_bound), (0, 1), value=tail_bound)
+
+
+def _running_sums(x: Tensor) -> Tensor:
+    """Running sums along the last axis, which cumsum gives on CUDA only where results may vary.
+
+    As a product in float64, which neither TF32 nor autocast touches.
+    """
+    triangle = torch.ones(x.size(-1), x.size(-1), dtype=torch.float64, device=x.device).triu()
+    return (x.double() @ triangle).to(x.dtype)
 
 
 def _spline_inverse_theta(dy: Tensor, height: Tensor, slope: Tensor, d0: Tensor, curve: Tensor) -> Tensor:

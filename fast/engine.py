@@ -5,7 +5,9 @@ It checks what comes in and hands it to one of two back ends: `cpu.py`, or `gpu.
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +108,7 @@ class SynthesisEngine:
             )
         return torch.stack(self.synthesize_many([(m, noise[0]) for m, noise in zip(mel, z, strict=True)]))
 
+    @torch.inference_mode(False)  # what is kept for the next call can be written in any mode
     @torch.no_grad()
     def synthesize_many(self, clips: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """(mel [M, F], noise z [h, W]) of any lengths -> audio [h*W] of each, as if it were alone."""
@@ -129,3 +132,44 @@ class SynthesisEngine:
         covered = mel.size(1) * config.hop_length
         if covered < z.numel():
             raise InputError(f"a mel of {mel.size(1)} frames covers {covered} samples, but z has {z.numel()}")
+
+
+# --- a model's own engine ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An engine, and the weights it was made from as they were then."""
+
+    engine: SynthesisEngine
+    weights: list[nn.Parameter]  # held, so that no other takes the place of one in memory
+    versions: list[tuple[int, int]]
+
+    def is_of(self, weights: list[nn.Parameter]) -> bool:
+        """Whether these are the same weights, unchanged."""
+        same = len(weights) == len(self.weights) and all(map(lambda a, b: a is b, weights, self.weights))
+        return same and _versions(weights) == self.versions
+
+
+_kept: WeakKeyDictionary[Invertible, _Kept] = WeakKeyDictionary()  # beside the models, which stay as they are
+
+
+def engine_of(model: Invertible) -> SynthesisEngine:
+    """Engine of a model in its own precision, kept until a weight changes and dropped with the model.
+
+    PyTorch counts the changes of a tensor; not those through its `.data`, which are not seen. It does not count those
+    of weights made in inference mode: their engine is made for each call.
+    """
+    weights = list(model.parameters())
+    if any(weight.is_inference() for weight in weights):
+        return SynthesisEngine(model)
+    kept = _kept.get(model)
+    if kept is None or not kept.is_of(weights):
+        with torch.inference_mode(False):
+            kept = _Kept(SynthesisEngine(model), weights, _versions(weights))
+        _kept[model] = kept
+    return kept.engine
+
+
+def _versions(weights: list[nn.Parameter]) -> list[tuple[int, int]]:
+    return [(weight.data_ptr(), weight._version) for weight in weights]

@@ -23,7 +23,10 @@ import torch
 from torch import Tensor
 
 from fast.folding import fold_flows
-from fast.gpu_step import BLOCK, State, StepFlow, arrange, can_fuse, finish_row, layer_step, prepare
+from fast.gpu_plan import Plan, choose_plan, run_flow
+from fast.gpu_step import BLOCK, State, StepFlow, arrange, can_fuse, prepare
+from fast.gpu_tiles import kind_of
+from harness.devices import tf32_products
 from modules import Flow, Upsampler
 
 MAX_COLUMNS = 2**17  # of a bucket: 95 s at height 16, about 2 GB for 128 channels in float32
@@ -65,11 +68,16 @@ class GraphEngine:
         self.gap = 2 ** (n_layer - 1)  # the largest dilation_w
         self.reach = (2**n_layer - 1) * self.height
         self.max_columns = bucket(max(max_columns, 4 * self.reach))
-        self.flows = [prepare(flow) for flow in fold_flows(flows, dtype, arrange)]
+        self.flows = prepare(fold_flows(flows, dtype, arrange))
         if fused is None:
             fused = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # TF32, bfloat16
-        self.fused = fused and can_fuse(self.flows[0])
-        self._buckets: OrderedDict[tuple[int, bool], _Bucket] = OrderedDict()
+        self.fused = fused
+        self._buckets: OrderedDict[tuple[int, str], _Bucket] = OrderedDict()
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """How the flows of each number of columns are computed, for a run's record."""
+        return {f"{columns} columns": str(held.plan) for (columns, _), held in self._buckets.items()}
 
     @torch.no_grad()
     def synthesize_many(self, clips: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -123,25 +131,33 @@ class GraphEngine:
         return x
 
     def _bucket(self, columns: int) -> "_Bucket":
-        key = (bucket(columns), torch.backends.cuda.matmul.allow_tf32)  # what is captured keeps its precision
+        kind = kind_of(self.flows[0].front.dtype, tf32_products())
+        key = (bucket(columns), kind)  # what is captured keeps its precision
         if key not in self._buckets:
             while self._buckets and sum(size for size, _ in self._buckets) + key[0] > 2 * self.max_columns:
                 self._buckets.popitem(last=False)
-            self._buckets[key] = _Bucket(self.flows, self.height, key[0], self.fused)
+            fused = self.fused and can_fuse(self.flows[0], kind)
+            self._buckets[key] = _Bucket(self.flows, self.height, key[0], kind if fused else None)
         self._buckets.move_to_end(key)
         return self._buckets[key]
 
 
 class _Bucket:
-    """The buffers for a number of columns, and a graph for each flow."""
+    """The buffers for a number of columns, and a graph for each flow.
 
-    def __init__(self, flows: list[StepFlow], height: int, width: int, fused: bool) -> None:
-        self.flows, self.fused = flows, fused
+    kind: that of the fused kernel's products; None: plain steps.
+    """
+
+    def __init__(self, flows: list[StepFlow], height: int, width: int, kind: str | None) -> None:
+        self.flows = flows
         self.state = State(flows[0], height, width)
+        self.plan = Plan("plain")
         self._graphs = None
-        if self.state.noise.is_cuda:
-            with torch.cuda.device(self.state.noise.device):
-                self._graphs = self._capture()
+        with torch.cuda.device_of(self.state.noise):
+            if self.state.noise.is_cuda:
+                self._graphs = self._capture(kind)
+            elif kind:
+                self.plan = choose_plan(flows[0], self.state, kind)
 
     def load(self, pieces: Sequence[Piece], noise: Sequence[Tensor], upsampler: Upsampler) -> None:
         """Put in the noise [h, n] and the conditioning of each piece."""
@@ -155,6 +171,7 @@ class _Bucket:
             state.conditioning[:, columns, : samples.size(2)] = samples
             state.conditioning[:, columns, samples.size(2)] = 1  # multiplies the biases
         state.planes[1, 2:, 1:-1] = state.mask
+        state.use(columns.stop)
 
     def invert(self, index: int) -> None:
         """Flow `index` of the noise, in place."""
@@ -167,32 +184,36 @@ class _Bucket:
         state, permutation = self.state, flow.folded.permutation
         if flow.folded.untouched:  # row 0 passes as it is, and stands in the place of the row of zeros
             state.noise.copy_(state.noise.index_select(0, permutation))
-            state.planes[0, 2, 1:-1].copy_(state.noise[0])
-        for row in range(len(flow.folded.order)):
-            for layer in range(len(flow.layers)):
-                layer_step(flow, state, layer, row, self.fused)
-            if not flow.affine:
-                finish_row(flow, state, row)
+            state.planes[0, 2, 1:-1] = torch.where(state.mask > 0, state.noise[0], 0)
+        run_flow(flow, state, self.plan)
         if flow.folded.untouched:
             state.noise.copy_(state.planes[0, 2:-1, 1:-1])
             state.planes[0, 2].zero_()
         else:
             torch.index_select(state.planes[0, 3:, 1:-1], 0, permutation, out=state.noise)
 
-    def _capture(self) -> list[torch.cuda.CUDAGraph]:
-        # Kernels are compiled and their blocks chosen in runs beforehand, on data that looks like data.
+    def _capture(self, kind: str | None) -> list[torch.cuda.CUDAGraph]:
+        """A graph for each flow, captured on a stream of its own.
+
+        Other threads may go on using the device meanwhile, as one that pins the loader's batches does.
+        """
+        # Kernels are compiled and chosen in runs beforehand, on data that looks like data.
         state, stream = self.state, torch.cuda.Stream()
         for buffer in (state.noise, state.conditioning):
             buffer.normal_()
         state.mask.fill_(1)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            if kind:
+                self.plan = choose_plan(self.flows[0], state, kind)
             self._run(self.flows[0])
         torch.cuda.current_stream().wait_stream(stream)
         graphs: list[torch.cuda.CUDAGraph] = []
         for flow in self.flows:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+            pool = graphs[0].pool() if graphs else None
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._run(flow)
             graphs.append(graph)
+        torch.cuda.current_stream().wait_stream(stream)
         return graphs

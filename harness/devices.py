@@ -61,6 +61,20 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def tf32_products() -> bool:
+    """Whether float32 matrix products on CUDA may take TF32, whichever interface that was set through.
+
+    Reading the older one, `allow_tf32`, raises RuntimeError once the newer one was used.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def allow_tf32(products: bool, convolutions: bool) -> None:
+    """Let float32 matrix products and convolutions on CUDA take TF32, or not."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if products else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if convolutions else "ieee"
+
+
 def fast_bfloat16() -> bool:
     """Tell whether this CPU multiplies bfloat16 matrices in hardware; without, it is slower at them than at float32."""
     if platform.machine().lower() in ("arm64", "aarch64"):

@@ -85,6 +85,21 @@ def test_spline_inverts_and_its_log_derivative_is_autograds():
     assert slope.std() > 0.05  # not the identity
 
 
+def test_spline_needs_no_running_sum_whose_order_may_vary(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cumsum", None)  # of floats: on CUDA it raises under deterministic algorithms
+    monkeypatch.setattr(torch, "cumsum", None)
+    for device in ("cpu", "meta"):
+        x, *parameters = (tensor.to(device) for tensor in (torch.zeros(3), *spline_parameters((3,), 6)))
+        assert rational_quadratic_spline(x, *parameters, tail_bound=5.0)[0].shape == (3,)
+
+
+def test_spline_knots_do_not_depend_on_autocast():
+    x, parameters = torch.linspace(-4, 4, 50), spline_parameters((50,), 6)
+    expected, _ = rational_quadratic_spline(x, *parameters, tail_bound=5.0)
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(rational_quadratic_spline(x, *parameters, tail_bound=5.0)[0], expected)
+
+
 def test_spline_is_the_identity_outside_and_joins_it_smoothly():
     parameters = spline_parameters((4,), 5)
     x = torch.tensor([-6.0, -4.0, 4.0, 6.0], dtype=torch.float64)

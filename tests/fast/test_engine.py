@@ -1,17 +1,21 @@
 """The engine gives what the plain inverse gives, for every model and however the work is cut."""
 
 import copy
+import gc
 import os
+import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from config import load_config
+from fast import engine as engines
 from fast.cpu_queues import DirectQueue, Window, WinogradQueue
-from fast.engine import SynthesisEngine, receptive_field, slow_precision_warning
+from fast.engine import SynthesisEngine, engine_of, receptive_field, slow_precision_warning
 from harness.errors import InputError
 from tests.support.vocoders import random_input, random_vocoder
 
@@ -251,3 +255,52 @@ def test_wrong_input_is_named():
         engine.synthesize_many([])
     with pytest.raises(InputError, match="precision 'int8': expected one of float32"):
         SynthesisEngine(model, precision="int8")
+
+
+# --- a model's own engine ---------------------------------------------------------------------------------
+
+
+def test_fast_inverse_folds_once_until_a_weight_changes(monkeypatch):
+    made, make = [], SynthesisEngine.__init__
+    monkeypatch.setattr(SynthesisEngine, "__init__", lambda self, model: (made.append(1), make(self, model))[1])
+    model, mel, z = case()
+    first = model.reverse_fast(mel, z=z)
+    torch.testing.assert_close(model.reverse_fast(mel, z=z), first, atol=0, rtol=0)
+    assert len(made) == 1
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+    sum(parameter.square().sum() for parameter in model.parameters()).backward()
+    changes = [
+        optimizer.step,
+        lambda: model.load_state_dict(random_vocoder(seed=3).state_dict()),
+        lambda: model.load_state_dict(random_vocoder(seed=4).state_dict(), assign=True),
+        model.double,
+    ]
+    for count, change in enumerate(changes, start=2):
+        change()
+        to = next(model.parameters()).dtype
+        assert_same(model.reverse_fast(mel.to(to), z=z.to(to)), model.reverse(mel.to(to), z=z.to(to)))
+        assert len(made) == count
+
+
+def test_an_engine_goes_with_its_model():
+    model, mel, z = case()
+    model.reverse_fast(mel, z=z)
+    engine = weakref.ref(engine_of(model))
+    assert engine() is not None
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(twin.reverse_fast(mel, z=z), model.reverse(mel, z=z))
+        assert engine_of(twin) is not engine()
+    del model, twin
+    gc.collect()
+    assert engine() is None and not engines._kept
+
+
+def test_a_kept_engine_does_not_mind_inference_mode():
+    model, mel, z = case()
+    expected = model.reverse(mel, z=z)
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            assert_same(model.reverse_fast(mel, z=z), expected)
+    with torch.inference_mode():
+        model, mel, z = case()
+        assert_same(model.reverse_fast(mel, z=z), expected)

@@ -1,11 +1,16 @@
 """The graph engine gives what the plain inverse gives; without a GPU all but the capture is tested."""
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fast import gpu as graphs
 from fast.engine import PRECISIONS, SynthesisEngine
 from fast.gpu import GraphEngine
+from fast.gpu_plan import Plan, quickest
+from fast.gpu_tiles import HALF, TF32, TF32X3, Tile, kind_of
 from harness.devices import choose_device
 from tests.fast.test_engine import COUPLINGS, SHAPES, assert_same, case
 from tests.support.vocoders import random_input
@@ -104,8 +109,89 @@ def test_engine_runs_on_the_fused_kernel(transform):
     expected = model.reverse(mel, z=z)
     device = choose_device()
     engine = engine_of(model.to(device), fused=True)
-    assert engine.fused
     assert_same(run(engine, mel.to(device), z.to(device)).cpu(), expected)
+    assert all("blocks" in choice for choice in engine.choices.values())
+
+
+# --- what is chosen -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tf32():
+    """TF32 allowed by the newer interface, after which reading the older one raises."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_tf32_may_be_allowed_through_the_newer_interface(tf32):
+    with pytest.raises(RuntimeError):
+        print(torch.backends.cuda.matmul.allow_tf32)
+    model, mel, z = case()
+    engine = engine_of(model)
+    assert_same(run(engine, mel, z), model.reverse(mel, z=z))
+    assert [kind for _, kind in engine._buckets] == [TF32]
+
+
+def test_kinds_of_products():
+    assert kind_of(torch.float16, False) == kind_of(torch.bfloat16, True) == HALF
+    assert (kind_of(torch.float32, True), kind_of(torch.float32, False)) == (TF32, TF32X3)
+
+
+def test_the_first_plan_is_taken_untimed_where_results_must_not_vary():
+    plans, timed = [Plan(HALF), Plan(TF32)], []
+
+    def seconds(plan):
+        timed.append(plan)
+        return {HALF: 2.0, TF32: 1.0}[plan.kind]
+
+    assert quickest(iter(plans), seconds) == plans[1] and timed == plans
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert quickest(iter(plans), seconds) == plans[0] and timed == plans
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_what_was_chosen_can_be_recorded():
+    model, mel, z = case(frames=2)
+    engine = engine_of(model)
+    run(engine, mel, z)
+    assert engine.choices == {"128 columns": "plain steps"}
+    assert (
+        str(Plan(HALF, Tile(64, 64, 32, 4, 3), 264))
+        == "half, columns 64, depth 64, residual 32, warps 4, stages 3, 264 blocks"
+    )
+
+
+class FakeGraph:
+    """CUDAGraph that runs nothing."""
+
+    def pool(self):
+        return 7
+
+
+def test_capture_is_of_this_thread_and_on_a_stream_of_its_own(monkeypatch):
+    asked, stream = [], SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextmanager
+    def graph(graph, **options):
+        asked.append(options)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    model, mel, z = case(n_flow=2)
+    engine = engine_of(model)
+    run(engine, mel, z)
+    ((held,),) = [engine._buckets.values()]
+    assert len(held._capture(None)) == 2
+    assert [options["pool"] for options in asked] == [None, 7]
+    assert all(options["capture_error_mode"] == "thread_local" and options["stream"] is stream for options in asked)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------
@@ -130,7 +216,7 @@ def test_captured_graphs_match_plain_inverse(coupling, transform, fused):
 def test_lower_precision_on_a_gpu_stays_near(precision, tolerance, res_channels, monkeypatch):
     model, mel, z = case(n_height=16, n_layer=8, n_flow=4, res_channels=res_channels)
     expected = model.reverse(mel, z=z)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", precision == "tf32")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if precision == "tf32" else "ieee")
     engine = SynthesisEngine(model.cuda(), precision="float32" if precision == "tf32" else precision)
     audio = engine(mel.cuda(), z.cuda()).cpu()
     assert 1e-6 < (audio - expected).std() / expected.std() < tolerance
