@@ -6,11 +6,14 @@ It checks what comes in and hands it to one of two back ends: `cpu.py`, or `gpu.
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from config import WaveFlowConfig
 from fast.cpu import CpuEngine
@@ -36,6 +39,9 @@ class Invertible(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Weights, on the device of the synthesis."""
+
+    def buffers(self) -> Iterator[Tensor]:
+        """What else results depend on."""
 
 
 def slow_precision_warning(precision: str | None, device: torch.device) -> str | None:
@@ -142,10 +148,10 @@ class _Kept:
     """An engine, and the weights it was made from as they were then."""
 
     engine: SynthesisEngine
-    weights: list[nn.Parameter]  # held, so that no other takes the place of one in memory
+    weights: list[Tensor]  # held, so that no other takes the place of one in memory
     versions: list[tuple[int, int]]
 
-    def is_of(self, weights: list[nn.Parameter]) -> bool:
+    def is_of(self, weights: list[Tensor]) -> bool:
         """Whether these are the same weights, unchanged."""
         same = len(weights) == len(self.weights) and all(map(lambda a, b: a is b, weights, self.weights))
         return same and _versions(weights) == self.versions
@@ -160,7 +166,8 @@ def engine_of(model: Invertible) -> SynthesisEngine:
     PyTorch counts the changes of a tensor; not those through its `.data`, which are not seen. It does not count those
     of weights made in inference mode: their engine is made for each call.
     """
-    weights = list(model.parameters())
+    _count_fused_steps()
+    weights = [*model.parameters(), *model.buffers()]
     if any(weight.is_inference() for weight in weights):
         return SynthesisEngine(model)
     kept = _kept.get(model)
@@ -171,5 +178,17 @@ def engine_of(model: Invertible) -> SynthesisEngine:
     return kept.engine
 
 
-def _versions(weights: list[nn.Parameter]) -> list[tuple[int, int]]:
+@cache
+def _count_fused_steps() -> None:
+    """Count what fused optimizers change, as PyTorch does not, from now on in this process."""
+    register_optimizer_step_post_hook(_count_fused_step)
+
+
+def _count_fused_step(optimizer: torch.optim.Optimizer, _args: Any, _options: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version(group["params"])
+
+
+def _versions(weights: list[Tensor]) -> list[tuple[int, int]]:
     return [(weight.data_ptr(), weight._version) for weight in weights]

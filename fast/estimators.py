@@ -1,7 +1,8 @@
 """Twin of `Flow.forward` for likelihoods: what the flows of a pass share is computed once, by the fastest way.
 
-Two ways, each with the convolutions of `Estimator.forward` as their meaning: convolutions over weights that are folded
-once, with channels innermost; and, on CPUs in full precision, the products of `winograd.py`.
+Three ways, each with the convolutions of `Estimator.forward` as their meaning: convolutions over weights that are
+folded once, with channels innermost; on CPUs in full precision the products of `winograd.py`; on CUDA in half precision
+the fused layers of `gpu_training.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from fast.folding import (
     fold_skip,
     shrinkage,
 )
+from fast.gpu_training import FusedEstimator, can_fuse
 from fast.winograd import GatedLayer, Geometry, Layer, Workspace, padding, product_weights
 from modules import Affine, Estimator, Flow, Spline, permute_rows, shift_down
 
@@ -41,7 +43,7 @@ class FastFlows:
 
     def __init__(self, flows: Sequence[Flow], execution: Execution) -> None:
         self.flows, self.execution = flows, execution
-        self._bound: dict[Estimator, ConvEstimator | WinogradEstimator] = {}
+        self._bound: dict[Estimator, AnyEstimator] = {}
 
     def __call__(self, flow: Flow, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, 1, h, W], conditioning [B, M, h, W], the same in every call -> z [B, 1, h, W], log|det| [B]."""
@@ -54,10 +56,13 @@ class FastFlows:
             estimator.prepare(_rows_seen(flow))  # made here, outside what is recomputed
         return checkpoint(_forward, flow, x, estimator, use_reentrant=False)
 
-    def _bind(self, conditioning: Tensor) -> "dict[Estimator, ConvEstimator | WinogradEstimator]":
+    def _bind(self, conditioning: Tensor) -> "dict[Estimator, AnyEstimator]":
         kind = conditioning.device.type
         with torch.autocast(kind, enabled=False):
             folded = fold_estimators(self.flows)
+        if _suits_fused(conditioning, self.flows[0]):
+            shrinks, dtype = shrinkage(self.flows[0]), product_dtype(conditioning)
+            return {key: FusedEstimator(weights, conditioning, shrinks, dtype) for key, weights in folded.items()}
         if torch.is_autocast_enabled(kind):  # cast here, they are not cast again for every flow
             folded = {key: weights.to(torch.get_autocast_dtype(kind)) for key, weights in folded.items()}
         if _suits_winograd(conditioning, len(self.flows[0].estimator.layers)):
@@ -88,7 +93,7 @@ class _EstimatorOfFlow:
         return self.bound.features(self.flow, x)
 
 
-def _forward(flow: Flow, x: Tensor, estimator: "ConvEstimator | WinogradEstimator") -> tuple[Tensor, Tensor]:
+def _forward(flow: Flow, x: Tensor, estimator: "AnyEstimator") -> tuple[Tensor, Tensor]:
     if flow.couples_first:
         z, log_det = flow.transform(x[:, :, 1:], estimator.params(flow, x[:, :, :-1]))
         return permute_rows(torch.cat([x[:, :, :1], z], dim=2), flow.permutation), log_det.flatten(1).sum(1)
@@ -100,6 +105,18 @@ def _forward(flow: Flow, x: Tensor, estimator: "ConvEstimator | WinogradEstimato
 def _rows_seen(flow: Flow) -> tuple[int, ...]:
     """Rows of the conditioning that the estimator's rows see."""
     return flow.order[1:] if flow.couples_first else flow.order
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Precision of products with x: autocast's where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _suits_fused(conditioning: Tensor, flow: Flow) -> bool:
+    """Choose them on CUDA in half precision, where layers are bound by memory; float32's three products are not."""
+    weights = flow.transform.conv.weight_v if hasattr(flow.transform.conv, "weight_v") else flow.transform.conv.weight
+    half = product_dtype(conditioning) in (torch.float16, torch.bfloat16)
+    return conditioning.is_cuda and half and can_fuse(weights.size(1), -(-len(weights) // 16) * 16)
 
 
 def _suits_winograd(conditioning: Tensor, n_layer: int) -> bool:
@@ -258,3 +275,6 @@ class WinogradEstimator:
         update = torch.addmm(layer.residual_bias, gated, layer.residual)
         hidden = near[..., 7::9] @ self.front + update.view(*near.shape[:3], -1)
         return F.pad(hidden[:, :, : x.size(3)], (0, 0, 0, n_padding)), params
+
+
+AnyEstimator = ConvEstimator | FusedEstimator | WinogradEstimator

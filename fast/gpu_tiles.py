@@ -1,4 +1,4 @@
-"""Sizes of the fused kernel's products (`gpu_kernel.py`, whose twin needs none) for each precision and width.
+"""Weights of `gpu_kernel.py`'s products, cut into tiles: their sizes for each precision and number of channels.
 
 They follow from what the compiler makes of the kernel for compute capability 9.0, which `python -m benchmark.kernels`
 prints: none spills registers, all fit shared memory, and as many blocks as possible are on a multiprocessor at once.

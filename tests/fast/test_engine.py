@@ -271,6 +271,7 @@ def test_fast_inverse_folds_once_until_a_weight_changes(monkeypatch):
     sum(parameter.square().sum() for parameter in model.parameters()).backward()
     changes = [
         optimizer.step,
+        optimizer.step,
         lambda: model.load_state_dict(random_vocoder(seed=3).state_dict()),
         lambda: model.load_state_dict(random_vocoder(seed=4).state_dict(), assign=True),
         model.double,
