@@ -36,10 +36,13 @@ demo-images: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp lint
 	$(BIN)/python -m pytest
 
-# The accelerator's kernels; without a GPU through Triton's interpreter. A PyTorch for CUDA brings its own Triton.
+# The accelerator's kernels; without a GPU through Triton's interpreter, and compiled for capability 9.0. A PyTorch for
+# CUDA brings its own Triton: 2.13 that of TRITON, 2.11 3.6.0, whose interpreter needs a numpy below 2.4.
+TRITON ?= 3.7.1
 test-kernels: $(VENV)/dev.stamp
-	$(BIN)/python -c 'import triton' || $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.9.0
-	$(BIN)/python -m pytest tests/fast/test_gpu_step.py tests/fast/test_gpu.py
+	$(BIN)/python -c 'import triton' || $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==$(TRITON)
+	$(BIN)/python -m pytest tests/fast/test_gpu_step.py tests/fast/test_gpu.py tests/fast/test_gpu_tiles.py \
+	  tests/fast/test_gpu_training.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

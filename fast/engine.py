@@ -41,7 +41,7 @@ class Invertible(Protocol):
         """Weights, on the device of the synthesis."""
 
     def buffers(self) -> Iterator[Tensor]:
-        """What else results depend on."""
+        """Tensors beside the weights on which results depend."""
 
 
 def slow_precision_warning(precision: str | None, device: torch.device) -> str | None:
@@ -152,7 +152,7 @@ class _Kept:
     versions: list[tuple[int, int]]
 
     def is_of(self, weights: list[Tensor]) -> bool:
-        """Whether these are the same weights, unchanged."""
+        """Tell whether these are the same weights, unchanged."""
         same = len(weights) == len(self.weights) and all(map(lambda a, b: a is b, weights, self.weights))
         return same and _versions(weights) == self.versions
 

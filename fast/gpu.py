@@ -76,7 +76,7 @@ class GraphEngine:
 
     @property
     def choices(self) -> dict[str, str]:
-        """How the flows of each number of columns are computed, for a run's record."""
+        """Plans of the numbers of columns there were so far, for a run's record."""
         return {f"{columns} columns": str(held.plan) for (columns, _), held in self._buckets.items()}
 
     @torch.no_grad()

@@ -200,7 +200,7 @@ def finish_row(flow: StepFlow, state: State, row: int) -> None:
 
 
 def can_fuse(flow: StepFlow, kind: str) -> bool:
-    """Whether the Triton kernel takes this flow with such products, which `gpu_tiles` names."""
+    """Tell whether the Triton kernel takes this flow with such products, which `gpu_tiles` names."""
     return flow_kernel is not None and flow.front.dtype != torch.float64 and bool(tiles_for(kind, flow.front.size(1)))
 
 

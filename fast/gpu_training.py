@@ -25,6 +25,7 @@ except ImportError:  # no Triton
 CONDITIONING_BLOCK = 32  # the conditioning's channels are padded to a multiple of this
 CHANNELS = (16, 32, 64, 128)  # that the kernels' blocks hold
 MAX_PARAMS = 64
+BLOCK_R, BLOCK_O = 32, 128  # outputs of the residual and of the taps' gradient at a time
 PARTS = 32  # sums of rows that the gradients of the taps are added up from, in the same order always
 
 
@@ -32,7 +33,7 @@ class Tile(NamedTuple):
     """Sizes of the kernels' products."""
 
     block_n: int = 64  # columns
-    block_k: int = 32  # depth
+    block_k: int = 64  # depth, at most
     warps: int = 8
     stages: int = 3
 
@@ -49,7 +50,7 @@ class Layer(NamedTuple):
 
 
 def can_fuse(n_res: int, n_params: int) -> bool:
-    """Whether the kernels take a layer of so many channels and, padded, parameters."""
+    """Tell whether the kernels take a layer of so many channels and, padded, parameters."""
     return kernels is not None and n_res in CHANNELS and n_params <= MAX_PARAMS
 
 
@@ -144,13 +145,13 @@ class _Launch:
             *(*residual, layer.skip.t().contiguous()),
             *self.place,
             **self._whole(last),
-            block_r=min(32, self.n_res),
+            block_r=min(BLOCK_R, self.n_res),
         )
 
     def gate_backward(
         self, layer: Layer, inputs: Sequence[Tensor], grad_after: Tensor | None, grad_params: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the gate gave [B, h, W, R], and the gradient [B, h, W, 2R] of what it takes."""
+        """Output [B, h, W, R] of the gate, made again, and the gradient [B, h, W, 2R] of what it takes."""
         hidden, last = inputs[0], layer.residual is None
         gated, grad_both = torch.empty_like(hidden), hidden.new_empty(*hidden.shape[:3], 2 * self.n_res)
         kernels.gate_backward_kernel[self.grid](
@@ -179,7 +180,7 @@ class _Launch:
 
     def taps_backward(self, hidden: Tensor, grad_both: Tensor) -> Tensor:
         """Gradient [9, R, 2R] of the taps, in float32."""
-        parts, block_o = min(PARTS, self.lines), min(64, 2 * self.n_res)
+        parts, block_o = min(PARTS, self.lines), min(BLOCK_O, 2 * self.n_res)
         partial = torch.empty(parts, 9, self.n_res, 2 * self.n_res, dtype=torch.float32, device=hidden.device)
         kernels.taps_backward_kernel[9, 2 * self.n_res // block_o, parts](
             *(hidden, grad_both, partial),

@@ -106,8 +106,8 @@ def forward_kernel(
     channels, param, inside = tl.arange(0, n_res), tl.arange(0, n_params), columns < width
     places = (line * width + columns) * n_params
     kept = tl.load(params + places[None, :] + param[:, None], mask=inside[None, :], other=0.0)
-    weights = tl.load(skip + param[:, None] * n_res + channels[None, :])
-    kept = tl.dot(weights, gated, kept, input_precision=precision)
+    skipping = tl.load(skip + param[:, None] * n_res + channels[None, :])
+    kept = tl.dot(skipping, gated, kept, input_precision=precision)
     tl.store(total + places[None, :] + param[:, None], kept, mask=inside[None, :])
     if not last:
         places = (line * width + columns) * n_res
@@ -214,10 +214,11 @@ def hidden_backward_kernel(
     for k in range(3 * missing * 2 * n_res, 9 * 2 * n_res, block_k):
         tap = k // (2 * n_res)
         seeing = columns - (tap % 3 - 1) * dilation_w
-        start = grad_both + ((line + (2 - tap // 3) * dilation_h) * width) * (2 * n_res) + k % (2 * n_res)
+        part = tl.multiple_of(k % (2 * n_res), block_k)
+        start = grad_both + ((line + (2 - tap // 3) * dilation_h) * width) * (2 * n_res) + part
         seen = (seeing >= 0) & (seeing < width)
         x = tl.load(start + seeing[None, :] * (2 * n_res) + inner[:, None], mask=seen[None, :], other=0.0)
-        weights = taps + (tap * n_res + channels[:, None]) * (2 * n_res) + (k % (2 * n_res) + inner)[None, :]
+        weights = taps + (tap * n_res + channels[:, None]) * (2 * n_res) + (part + inner)[None, :]
         total = tl.dot(tl.load(weights), x, total, input_precision=precision)
     if not last:
         total += tl.load(grad_after + places[None, :] + channels[:, None], mask=inside[None, :], other=0.0)

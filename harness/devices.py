@@ -62,7 +62,7 @@ def make_deterministic() -> None:
 
 
 def tf32_products() -> bool:
-    """Whether float32 matrix products on CUDA may take TF32, whichever interface that was set through.
+    """Tell whether float32 matrix products on CUDA may take TF32, whichever interface that was set through.
 
     Reading the older one, `allow_tf32`, raises RuntimeError once the newer one was used.
     """
