@@ -13,6 +13,7 @@ import torch
 
 import benchmark.__main__ as benchmark
 import data
+import experiments.__main__ as experiments
 import image_density_experiments.options as image_options
 import train
 from config import DataConfig, DistConfig, TrainConfig, WaveFlowConfig, load_config
@@ -163,11 +164,13 @@ def test_the_python_examples_run(monkeypatch, tmp_path):
 
 
 def test_every_command_is_understood():
-    counts = dict.fromkeys(("train.py", "data.py", "benchmark", "image_density_experiments/train.py"), 0)
+    programs = ("train.py", "data.py", "benchmark", "experiments", "image_density_experiments/train.py")
+    counts = dict.fromkeys(programs, 0)
     parsers = (
         train.parse_arguments,
         data._parser().parse_args,
         benchmark.parse_arguments,
+        experiments.parse_arguments,
         image_options.parse_arguments,
     )
     for words in commands():
@@ -181,7 +184,7 @@ def test_every_command_is_understood():
 
 def test_every_python_command_is_one_of_ours():
     names = {" ".join(words[1:3] if words[1] == "-m" else words[1:2]) for words in commands() if words[0] == "python"}
-    assert names <= {"train.py", "data.py", "-m benchmark"}
+    assert names <= {"train.py", "data.py", "-m benchmark", "-m experiments"}
 
 
 def test_every_make_target_exists():
