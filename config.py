@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from harness.errors import InputError, Remedies
 from harness.files import RefusedFile, read_text
-from harness.settings import Settings, Sizes, Switch, parse_section, reference_table, show, unknown_key
+from harness.settings import Names, Settings, Sizes, Switch, parse_section, reference_table, show, unknown_key
 
 MAX_WEIGHTS = 2**31
 MAX_BYTES = 2**20  # of an experiment file
@@ -92,8 +92,12 @@ class TrainConfig(Settings):
 class DataConfig(Settings):
     """`data_config`: the corpus and its log-mel spectrogram (lengths in samples, frequencies in Hz)."""
 
-    training_files: str = _plain("", "list of wavs, a path per line, relative to the current folder or else the list's")
-    test_files: str = _plain("", "list of wavs to evaluate, of wavs and mels to synthesize")
+    training_files: str = _plain(
+        "", "list of wavs (docs/own_recordings.md), relative to the current folder, or else the config's"
+    )
+    test_files: Names = _plain(
+        "", "list of wavs to evaluate, of wavs and mels to synthesize; or several lists, each with its own likelihood"
+    )
     segment_length: int = _count(16_000, "samples per training crop, a multiple of `n_height`", 2**26)
     sampling_rate: int = _count(22_050, "Hz; wavs, or FLACs, must be 16-bit mono at this rate", 2**20)
     filter_length: int = _count(1_024, "samples of the Fourier transform, even", 2**16)
@@ -110,6 +114,11 @@ class DataConfig(Settings):
         "crop",
         "added: `crop`: mel of each training crop by itself, as published; `clip`: hop-aligned frames of the clip's",
     )
+
+    @property
+    def test_lists(self) -> tuple[str, ...]:
+        """The lists of `test_files`, however many."""
+        return (self.test_files,) if isinstance(self.test_files, str) else self.test_files
 
     @model_validator(mode="before")
     @classmethod
@@ -277,9 +286,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(sections, override)
     try:
-        return config_from_dict(sections)
+        return _located(config_from_dict(sections), Path(path).parent)
     except InputError as error:
         raise InputError(f"config {path}: {error}") from None
+
+
+def _located(config: Config, folder: Path) -> Config:
+    """The config with lists that are not in the current folder taken from its own, if they are there."""
+
+    def locate(name: str) -> str:
+        return str(folder / name) if not Path(name).exists() and (folder / name).exists() else name
+
+    data = config.data_config
+    several = tuple(map(locate, data.test_lists))
+    lists = {
+        "training_files": locate(data.training_files),
+        "test_files": several[0] if isinstance(data.test_files, str) else several,
+    }
+    return config.model_copy(update={"data_config": data.model_copy(update=lists)})
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

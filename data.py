@@ -22,10 +22,9 @@ from audio import MelSpectrogram, is_mel_file, read_mel, read_wav, rescale, shor
 from config import REMEDIES, Config, DataConfig, load_config
 from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
 from harness.errors import InputError
-from harness.files import RefusedFile, read_text
+from harness.lists import read_entries
 from harness.stopping import exit_status
 
-MAX_LIST_BYTES = 2**26  # of a file list, half a million paths
 _CROP = 1  # a purpose of random numbers; 0 is the order of batches
 
 
@@ -33,30 +32,20 @@ _CROP = 1  # a purpose of random numbers; 0 is the order of batches
 
 
 def read_file_list(path: str | Path) -> list[str]:
-    """Paths of a list file, one per line, blank lines skipped.
-
-    A relative path is taken from the current directory, as in the published code; if nothing is there but
-    something is at that place relative to the list's own folder, from there, so that a corpus can be moved.
-    """
-    try:
-        text = read_text(path, MAX_LIST_BYTES)
-    except FileNotFoundError:
-        raise InputError(f"file list {path}: no such file; expected one wav path per line") from None
-    except (OSError, RefusedFile) as error:
-        raise InputError(
-            f"file list {path}: cannot be read as text ({getattr(error, 'strerror', None) or error})"
-        ) from None
-    entries = [line.strip() for line in text.split("\n") if line.strip()]
-    if not entries:
-        raise InputError(f"file list {path}: empty; expected one wav path per line")
-    if "\0" in text:
-        raise InputError(f"file list {path}: holds null bytes; expected one wav path per line")
-    return [_locate(entry, Path(path).parent) for entry in entries]
+    """Recordings, or mels to synthesize from, of a list in any of the forms of `harness.lists.read_entries`."""
+    return [entry.audio for entry in read_entries(path)]
 
 
-def _locate(entry: str, folder: Path) -> str:
-    beside_list = str(folder / entry)
-    return beside_list if not os.path.exists(entry) and os.path.exists(beside_list) else entry
+def read_test_lists(data_config: DataConfig) -> dict[str, list[str]]:
+    """The entries of each test list by the list's name: its file's, with the folder's where two are alike."""
+    paths = data_config.test_lists
+    names = output_names(paths, "") if len(paths) > 1 else ["test"]
+    return {name: read_file_list(path) for name, path in zip(names, paths, strict=True)}
+
+
+def read_test_files(data_config: DataConfig) -> list[str]:
+    """The entries of all test lists, one after the other."""
+    return list(itertools.chain(*read_test_lists(data_config).values()))
 
 
 def overlap_warning(training_files: Sequence[str], test_files: Sequence[str]) -> str | None:
@@ -244,7 +233,7 @@ def first_batch(config: Config) -> list[Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python data.py mel | ljspeech | asterisk | demo`; returns the exit status."""
+    """`python data.py mel | prepare | ljspeech | asterisk | demo`; returns the exit status."""
     options = _parser().parse_args(arguments)
     return exit_status(lambda: options.run(options))
 

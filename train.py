@@ -9,6 +9,7 @@ python train.py -c CONFIG -a 20 [...]           the same from the average of the
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +29,11 @@ from data import (
     output_names,
     overlap_warning,
     read_file_list,
+    read_test_files,
+    read_test_lists,
 )
 from evaluation.comparison import compare_with_recording
-from evaluation.likelihood import clip_likelihoods, summarise, write_likelihoods
+from evaluation.likelihood import clip_likelihoods, summarise_lists, write_likelihoods
 from fast.engine import slow_precision_warning
 from harness import terminal
 from harness.arguments import number, whole_number
@@ -76,7 +79,7 @@ def train(config: Config, device: torch.device, start: Start, how: Training) -> 
         trainer = Trainer(config, device, config.run_folder, checkpoint, warm=how.warm_start)
         last = config.train_config.epochs * trainer.loader.batch_sampler.batches_per_epoch
         last = min(last, how.max_iterations or last)
-        test_files = read_file_list(config.data_config.test_files)
+        test_files = read_test_files(config.data_config)
         _warn(overlap_warning(trainer.loader.dataset.files, test_files), slow_half_warning(config.train_config, device))
         test_clips = ClipDataset(share(test_files), config.data_config, max_length=config.data_config.segment_length)
         if trainer.iteration >= last:
@@ -90,7 +93,7 @@ def train(config: Config, device: torch.device, start: Start, how: Training) -> 
 
 def check_data(config: Config) -> int:
     """Look at every clip of both lists; exit status 1 where a run would fail or learn the wrong thing."""
-    training_files, test_files = map(read_file_list, (config.data_config.training_files, config.data_config.test_files))
+    training_files, test_files = read_file_list(config.data_config.training_files), read_test_files(config.data_config)
     clips = on_main(lambda: inspect_corpus(training_files, test_files, config.data_config))
     path = config.run_folder / "data_check.csv"
     on_main(lambda: write_report(path, clips))
@@ -100,19 +103,23 @@ def check_data(config: Config) -> int:
 
 def evaluate(config: Config, device: torch.device, start: Start) -> int:
     """Log-likelihood over the full test clips, per clip in a CSV and averaged."""
-    clips = ClipDataset(share(read_file_list(config.data_config.test_files)), config.data_config)
+    lists = read_test_lists(config.data_config)
+    clips = ClipDataset(share(list(itertools.chain(*lists.values()))), config.data_config)
     model, name = _trained(config, device, start)
     results = gather(clip_likelihoods(model, clips, config.train_config.sigma, device))
     path = config.run_folder / "evaluation" / f"{name}.csv"
     on_main(lambda: write_likelihoods(path, results))
     sigma = config.train_config.sigma
-    terminal.say(f"{name}: {summarise(results)}{'' if sigma == 1 else f', at sigma {sigma:g}'}\nper clip: {path}")
+    for of, mean in summarise_lists(results, lists).items():
+        title = name if len(lists) == 1 else f"{name}, {of}"
+        terminal.say(f"{title}: {mean}{'' if sigma == 1 else f', at sigma {sigma:g}'}")
+    terminal.say(f"per clip: {path}")
     return 0
 
 
 def synthesize(config: Config, device: torch.device, start: Start, how: Synthesis) -> int:
     """Every entry of the test list (wav or mel) to a wav named after it, a few at once."""
-    files = read_file_list(config.data_config.test_files)
+    files = read_test_files(config.data_config)
     check_synthesis_entries(files, config.data_config)  # before the first wav is written
     model, name = _trained(config, device, start)
     _warn(slow_precision_warning(how.precision, device))

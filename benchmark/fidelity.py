@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from data import read_file_list
+from data import read_test_files
 from evaluation.distance import log_mel_distance
 from fast.engine import slow_precision_warning
 from harness import terminal
@@ -33,7 +33,7 @@ def measure_fidelity(config: Config, device: torch.device) -> list[dict[str, Any
     Of the newest checkpoint in the run folder and the first test clips. Says a Markdown table and returns its rows.
     Precisions that are slow on this device are left out with a line that says so.
     """
-    files = read_file_list(config.data_config.test_files)[:CLIPS]
+    files = read_test_files(config.data_config)[:CLIPS]
     vocoders = _vocoders(config, device)
     terminal.say(f"\n{vocoders['float32'].name}, {len(files)} test clip(s), log-mel distance in nats\n")
     terminal.say("| temperature | of | to | mean | largest |\n|---|---|---|---|---|")

@@ -1,12 +1,18 @@
 """The corpora on the command line of `python data.py`: each recipe a command."""
 
 import argparse
+from pathlib import Path
 
-from corpora import asterisk, demo, ljspeech
+from config import load_config
+from corpora import asterisk, demo, ljspeech, report
+from corpora.prepare import Preparation, prepare
+from harness import terminal
+from harness.arguments import number
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add a command for each recipe; parsed options get `run`, a function of them."""
+    _add_prepare(commands)
     parser = commands.add_parser("ljspeech", help="download, check and unpack LJSpeech 1.1 (2.7 GB); write its lists")
     parser.add_argument("folder", metavar="DIR", help="where the corpus and its two lists go")
     source = parser.add_mutually_exclusive_group()
@@ -24,6 +30,36 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("demo", help="make the demo corpus: five minutes of speech by espeak-ng, offline")
     parser.add_argument("folder", metavar="DIR", help="where the wavs and their two lists go")
     parser.set_defaults(run=_make_demo)
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+    default = Preparation()
+    parser = commands.add_parser("prepare", help="make a corpus of own recordings: clips, lists, config, a report")
+    add = parser.add_argument
+    add("inputs", metavar="IN", nargs="+", help="folders of recordings, recordings, lists of them")
+    add("output", metavar="OUT", help="folder for the corpus; what it holds already is not done again")
+    add("-c", "--config", required=True, help="experiment file whose data_config says rate and mel")
+    add("--trim_db", type=number(0), default=default.trim_db, metavar="DB",
+        help="silence at the ends is so far below the loudest frame, default 60; 0: keep it")  # fmt: skip
+    add("--max_seconds", type=number(1), default=default.max_seconds, metavar="S",
+        help="cut longer takes at their pauses, default 15")  # fmt: skip
+    add("--level", choices=["keep", "peak", "loudness"], default=default.level,
+        help="bring each take to a peak of 0.95 or to -23 LUFS; default: keep its level")  # fmt: skip
+    add("--valid", type=number(0), default=default.valid, metavar="SHARE", help="of the takes, default 0.05")
+    add("--test", type=number(0), default=default.test, metavar="SHARE", help="of the takes, default 0.05")
+    add("--by_speaker", action="store_true", help="hold out whole speakers, the first folders below IN")
+    parser.set_defaults(run=_prepare)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    config, folder = load_config(options.config), Path(options.output)
+    names = ("trim_db", "max_seconds", "level", "valid", "test", "by_speaker")
+    takes, lists = prepare(
+        options.inputs, folder, config, Preparation(**{name: getattr(options, name) for name in names})
+    )
+    report.write_report(folder / "report.csv", takes)
+    terminal.say(f"{report.report_text(folder, takes, config.data_config)}\n{lists}")
+    terminal.say(f"every take: {folder / 'report.csv'}\nnext: python train.py -c {folder / 'config.json'} --check_data")
 
 
 def _prepare_ljspeech(options: argparse.Namespace) -> None:

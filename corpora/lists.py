@@ -18,17 +18,23 @@ class FileLists:
     test_files: Path
     n_train: int
     n_test: int
+    validation_files: Path | None = None
+    n_valid: int = 0
 
     def __str__(self) -> str:
-        return (
-            f"training: {self.n_train} clips in {self.training_files}\ntest: {self.n_test} clips in {self.test_files}"
-        )
+        named = {"training": (self.n_train, self.training_files), "test": (self.n_test, self.test_files)}
+        if self.validation_files:
+            named["validation"] = (self.n_valid, self.validation_files)
+        return "\n".join(f"{name}: {count} clips in {path}" for name, (count, path) in named.items())
 
 
-def write_lists(folder: Path, train: Sequence[str], test: Sequence[str]) -> FileLists:
-    """Write the paths of the clips, one per line, each list whole or not at all."""
-    lists = FileLists(folder / "train_files.txt", folder / "test_files.txt", len(train), len(test))
-    for path, clips in ((lists.training_files, train), (lists.test_files, test)):
+def write_lists(
+    folder: Path, train: Sequence[str], test: Sequence[str], valid: Sequence[str] | None = None
+) -> FileLists:
+    """Write the paths of the clips, one per line, each list whole or not at all; valid_files.txt if it is given."""
+    clips = {"train": train, "test": test} | ({} if valid is None else {"valid": valid})
+    paths = {name: folder / f"{name}_files.txt" for name in clips}
+    for name, path in paths.items():
         with written_whole(path) as temporary:
-            temporary.write_text("".join(f"{clip}\n" for clip in clips), encoding="utf-8")
-    return lists
+            temporary.write_text("".join(f"{clip}\n" for clip in clips[name]), encoding="utf-8")
+    return FileLists(paths["train"], paths["test"], len(train), len(test), paths.get("valid"), len(valid or ()))

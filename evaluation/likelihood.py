@@ -1,7 +1,7 @@
 """Likelihood of clips under a vocoder, in nats per sample: each clip's, and their means."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +48,15 @@ def summarise(clips: Sequence[ClipLikelihood]) -> Likelihood:
     weighted = np.average(values[:, 0], weights=[clip.samples for clip in clips])
     mean, prior, log_det = values.mean(axis=0)
     return Likelihood(len(clips), float(mean), float(weighted), float(prior), float(log_det))
+
+
+def summarise_lists(clips: Sequence[ClipLikelihood], lists: Mapping[str, Sequence[str]]) -> dict[str, Likelihood]:
+    """The means of each list; the clips are those of all lists, one after the other."""
+    means, first = {}, 0
+    for name, files in lists.items():
+        means[name] = summarise(clips[first : first + len(files)])
+        first += len(files)
+    return means
 
 
 def write_likelihoods(path: Path, clips: Sequence[ClipLikelihood]) -> None:

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Sequence
+from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError
@@ -30,6 +31,7 @@ def _tuple(value: Any) -> Any:
 
 Switch = Annotated[bool, BeforeValidator(_boolean)]  # the published configs hold the strings "True" and "False"
 Sizes = Annotated[tuple[int, ...], FailFast(), BeforeValidator(_tuple)]  # JSON has lists
+Names = Annotated[str | tuple[str, ...], BeforeValidator(_tuple)]
 
 
 # --- sections ---------------------------------------------------------------------------------------------
@@ -125,6 +127,8 @@ def kind(field: FieldInfo) -> str:
     """Values that a field takes, in words."""
     if get_origin(field.annotation) is Literal:
         return f"one of {', '.join(get_args(field.annotation))}"
+    if get_origin(field.annotation) is UnionType:
+        return "a string, or a list of strings"
     if get_origin(field.annotation) is tuple:
         return "a list of whole numbers"
     return _KINDS.get(field.annotation, "an object")

@@ -38,7 +38,9 @@ def image_flags(capsys):
 
 
 def data_flags(capsys):
-    return set.union(*(flags_of(data.main, capsys, command) for command in ("mel", "ljspeech", "asterisk", "demo")))
+    return set.union(
+        *(flags_of(data.main, capsys, command) for command in ("mel", "prepare", "ljspeech", "asterisk", "demo"))
+    )
 
 
 def check(message, flags, keys=KEYS):
@@ -229,6 +231,7 @@ def test_refusals_of_the_image_command(words, images, capsys, tmp_path, monkeypa
         ["ljspeech", "out", "--archive", "none.tar"],
         ["ljspeech", "out", "--folder", "none"],
         ["asterisk", "out", "--folder", "none"],
+        ["prepare", "-c", "{config}", "none", "out"],
     ],
 )
 def test_refusals_of_the_data_command(arguments, place, capsys, tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import torch
 
 from audio import write_wav
 from config import REMEDIES
-from data import ClipDataset, load_synthesis_entry
-from evaluation.likelihood import ClipLikelihood, clip_likelihoods, summarise
+from data import ClipDataset, load_synthesis_entry, read_test_lists
+from evaluation.likelihood import ClipLikelihood, clip_likelihoods, summarise_lists
 from evaluation.pictures import mel_figure
 from harness import terminal
 from harness.log import NoLog, RunLog
@@ -38,7 +38,7 @@ class VocoderLoop(Loop):
         train = trainer.config.train_config
         log = RunLog(trainer.folder, trainer.iteration, COLUMNS, train.with_tensorboard) if is_main() else NoLog()
         super().__init__(trainer, last, train.iters_per_checkpoint, log, stop)
-        self.test_clips = test_clips
+        self.test_clips, self.test_lists = test_clips, read_test_lists(trainer.config.data_config)
         self.samples_per_step = train.batch_size * trainer.config.data_config.segment_length
 
     def begin(self) -> None:
@@ -88,12 +88,14 @@ class VocoderLoop(Loop):
         clips = gather(self.stop.unless_stopped(evaluate_share))
         if clips is None:
             return
-        result = summarise(clips)
-        terms = ("mean", "weighted", "prior", "log_det")
-        values = {f"test/log_likelihood_{name}": getattr(result, name) for name in terms}
-        self.log.scalars(values, trainer.iteration)
         seconds = config.data_config.segment_length / config.data_config.sampling_rate
-        terminal.say(f"iteration {trainer.iteration}, first {seconds:.2f} s of each test clip: {result}")
+        for name, result in summarise_lists(clips, self.test_lists).items():
+            place = "test" if len(self.test_lists) == 1 else f"test/{name}"
+            terms = ("mean", "weighted", "prior", "log_det")
+            values = {f"{place}/log_likelihood_{term}": getattr(result, term) for term in terms}
+            self.log.scalars(values, trainer.iteration)
+            of = "" if len(self.test_lists) == 1 else f" of {name}"
+            terminal.say(f"iteration {trainer.iteration}, first {seconds:.2f} s of each test clip{of}: {result}")
 
     def _write_sample(self) -> None:
         """Copy-synthesis of the first test clip, so that progress can be heard."""

@@ -1,0 +1,248 @@
+"""`python data.py prepare`: own recordings of any kind to 16-bit mono clips, lists, an experiment file and a report.
+
+A take is one recording given, a clip one piece of it that is written. What became of each take is noted in
+`takes.jsonl` as soon as it is done, so that an interrupted run goes on, and a later one does what is new only.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from audio import INT16_SCALE, shortest_audio, write_wav
+from config import Config
+from corpora import splits
+from corpora.lists import FileLists, write_lists
+from corpora.loudness import gain, loudness
+from corpora.recordings import Source, find_sources, read_recording
+from corpora.segments import find_segments
+from harness.errors import InputError
+from harness.files import Appended, written_whole
+
+MIN_SECONDS = 0.3  # of a clip; what is shorter is no speech
+SILENT = 1e-4  # peak below which nothing can be heard, -80 dBFS
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Choices of what is done to recordings besides resampling them."""
+
+    trim_db: float = 60.0  # below the loudest frame is silence; 0: nothing is
+    max_seconds: float = 15.0
+    level: str = "keep"  # or "peak", "loudness"
+    valid: float = 0.05  # shares of the takes
+    test: float = 0.05
+    by_speaker: bool = False  # hold out whole speakers, the first folders of the paths
+
+
+@dataclass
+class Clip:
+    """A clip that was written."""
+
+    name: str
+    samples: int
+    digest: str  # of its samples before dither: the same for copies in another format
+
+
+@dataclass
+class Take:
+    """A recording, what it was and what became of it; `problem` says why nothing did."""
+
+    path: str
+    below: str
+    stamp: str  # of the file and of the settings
+    name: str
+    speaker: str = ""
+    form: str = ""
+    rate: int = 0
+    seconds: float = 0.0
+    offset: float = 0.0
+    clipped: int = 0
+    loudness: float = -np.inf  # LUFS, as it was
+    problem: str = ""
+    clips: list[Clip] = field(default_factory=list)
+    used_as: str = ""  # its set
+
+
+def prepare(
+    inputs: Sequence[str | Path], folder: Path, config: Config, how: Preparation
+) -> tuple[list[Take], FileLists]:
+    """Make a corpus of recordings in `folder`; returns the takes and the lists.
+
+    InputError where nothing of the recordings can be used, or the folder holds something else.
+    """
+    if folder.is_dir() and os.listdir(folder) and not (folder / "takes.jsonl").is_file():
+        raise InputError(f"{folder}: not empty, and no corpus that was prepared before; choose another folder")
+    sources = [source for source in find_sources(inputs) if not source.path.resolve().is_relative_to(folder.resolve())]
+    folder.mkdir(parents=True, exist_ok=True)
+    takes = list(_convert_all(sources, folder, config, how))
+    _mark_duplicates(takes)
+    used = [take for take in takes if take.clips and not take.problem]
+    if not used:
+        raise InputError(f"no recording can be used; the first: {takes[0].path}: {takes[0].problem}")
+    _assign(used, folder, how)
+    names = {name: [_wav(folder, clip.name) for take in used if take.used_as == name for clip in take.clips]
+             for name in splits.SETS}  # fmt: skip
+    lists = write_lists(folder, names["train"], names["test"], names["valid"])
+    _write_config(folder, config, lists)
+    return takes, lists
+
+
+def _wav(folder: Path, name: str) -> str:
+    return str(folder / "wavs" / f"{name}.wav")
+
+
+# --- takes ------------------------------------------------------------------------------------------------
+
+
+def _convert_all(sources: Sequence[Source], folder: Path, config: Config, how: Preparation) -> Iterator[Take]:
+    """The takes in order, a few at once, those noted before and unchanged not again."""
+    known = _read_notes(folder)
+    names = _names(sources, known)
+    notes = Appended(folder / "takes.jsonl")
+
+    def convert(source: Source) -> Take:
+        stamp = _stamp(source.path, config, how)
+        earlier = known.get(str(source.path))
+        if (
+            earlier
+            and earlier.stamp == stamp
+            and all(Path(_wav(folder, clip.name)).is_file() for clip in earlier.clips)
+        ):
+            return earlier
+        take = Take(str(source.path), source.below.as_posix(), stamp, names[source], source.speaker)
+        try:
+            _convert(take, folder, config, how)
+        except (InputError, OSError) as error:
+            take.problem = str(error).removeprefix(f"{source.path}: ")
+        return take
+
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            results = pool.map(convert, sources)
+            for take in tqdm(results, "prepare", len(sources), unit="take", disable=None):
+                if known.get(take.path) is not take:
+                    notes.write(json.dumps(asdict(take)) + "\n")
+                yield take
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        notes.close()
+
+
+def _convert(take: Take, folder: Path, config: Config, how: Preparation) -> None:
+    """Read, level, cut and write a recording; fills the take in."""
+    rate = config.data_config.sampling_rate
+    recording = read_recording(Path(take.path), rate)
+    audio = recording.audio
+    take.form, take.rate, take.seconds = recording.form, recording.rate, len(audio) / rate
+    take.offset, take.clipped = recording.offset, recording.clipped
+    if not len(audio) or np.abs(audio).max() < SILENT:
+        take.problem = "silent"
+        return
+    take.loudness = loudness(audio, rate)
+    audio = audio * np.float32(gain(audio, take.loudness, how.level))
+    shortest = max(round(MIN_SECONDS * rate), shortest_audio(config.data_config) + config.data_config.hop_length)
+    pieces = find_segments(audio, rate, how.trim_db, how.max_seconds)
+    pieces = [(first, last) for first, last in pieces if last - first >= shortest]
+    for number, (first, last) in enumerate(pieces, 1):
+        name = take.name if len(pieces) == 1 else f"{take.name}_{number:03d}"
+        samples, digest = _to_16_bit(audio[first:last], name)
+        write_wav(_wav(folder, name), torch.from_numpy(samples), rate)
+        take.clips.append(Clip(name, last - first, digest))
+    if not pieces:
+        take.problem = f"too short: {take.seconds:.2f} s, at least {shortest / rate:.2f} are needed"
+
+
+def _to_16_bit(audio: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """Samples with triangular dither of one step, always the same for a name; those on the steps stay as they are."""
+    scaled = audio * np.float32(INT16_SCALE)
+    whole = np.round(scaled)
+    digest = hashlib.blake2b(whole.astype(np.int32).tobytes(), digest_size=16).hexdigest()
+    if not np.array_equal(whole, scaled):
+        random = np.random.default_rng(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big"))
+        dither = random.random(len(audio), np.float32) - random.random(len(audio), np.float32)
+        whole = np.round(scaled + dither)
+    return whole / np.float32(INT16_SCALE), digest
+
+
+def _stamp(path: Path, config: Config, how: Preparation) -> str:
+    """A hash of what a take's clips depend on."""
+    status = path.stat()
+    data = config.data_config
+    settings = (data.sampling_rate, data.filter_length, data.hop_length, how.trim_db, how.max_seconds, how.level)
+    text = repr((status.st_size, status.st_mtime_ns, settings))
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _names(sources: Sequence[Source], known: Mapping[str, Take]) -> dict[Source, str]:
+    """A name for each source, from its path; one that is taken gets a hash behind it. Earlier names stay."""
+    names = {source: known[str(source.path)].name for source in sources if str(source.path) in known}
+    taken = {name.casefold() for name in names.values()}
+    for source in sources:
+        if source not in names:
+            plain = re.sub(r"[^\w.+-]", "_", "_".join(source.below.with_suffix("").parts)).strip("._") or "clip"
+            name = plain[:150]
+            if name.casefold() in taken or name != plain:
+                name += "_" + hashlib.blake2b(str(source.path).encode(), digest_size=4).hexdigest()
+            names[source] = name
+            taken.add(name.casefold())
+    return names
+
+
+def _read_notes(folder: Path) -> dict[str, Take]:
+    """Takes noted by earlier runs, by path; a line that was cut short by a crash is left out."""
+    notes = {}
+    if (folder / "takes.jsonl").is_file():
+        for line in (folder / "takes.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                values: dict[str, Any] = json.loads(line)
+                notes[values["path"]] = Take(**{**values, "clips": [Clip(**clip) for clip in values["clips"]]})
+            except (ValueError, TypeError, KeyError):
+                continue
+    return notes
+
+
+# --- sets -------------------------------------------------------------------------------------------------
+
+
+def _mark_duplicates(takes: Sequence[Take]) -> None:
+    """Leave out clips that are those of an earlier take."""
+    first: dict[str, Take] = {}
+    for take in takes:
+        copies = [clip for clip in take.clips if first.setdefault(clip.digest, take) is not take]
+        if copies and not take.problem:
+            take.problem = f"the same audio as {first[copies[0].digest].path}"
+
+
+def _assign(takes: Sequence[Take], folder: Path, how: Preparation) -> None:
+    path = folder / "split.json"
+    unit = (lambda take: take.speaker or take.below) if how.by_speaker else (lambda take: take.below)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    sets = splits.assign(list(dict.fromkeys(map(unit, takes))), how.valid, how.test, known)
+    for take in takes:
+        take.used_as = sets[unit(take)]
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(known | sets, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _write_config(folder: Path, config: Config, lists: FileLists) -> None:
+    """The experiment file with these lists; its likelihoods are of the validation and of the test clips."""
+    sections = config.to_dict()
+    tests = [path for path, n in ((lists.validation_files, lists.n_valid), (lists.test_files, lists.n_test)) if n]
+    sections["data_config"] |= {
+        "training_files": str(lists.training_files),
+        "test_files": [str(path) for path in tests] if len(tests) > 1 else str((tests or [lists.training_files])[0]),
+    }
+    with written_whole(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(sections, indent=4) + "\n", encoding="utf-8")

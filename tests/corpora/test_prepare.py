@@ -1,0 +1,197 @@
+"""`python data.py prepare`: odd recordings in, a corpus to train on out."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import data
+from audio import read_wav
+from corpora.loudness import gain, loudness
+from corpora.recordings import read_recording
+from corpora.segments import find_segments
+from corpora.splits import assign, fraction_of
+from data import read_file_list
+from tests.support.experiments import RATE, write_config
+from tests.support.odd_recordings import write_odd_recordings
+from tests.support.speech import speech
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own") / "recordings"
+    return folder, write_odd_recordings(folder)
+
+
+@pytest.fixture
+def template(tmp_path):
+    return write_config(tmp_path / "template.json", tmp_path, tmp_path / "runs", data_config__test_files="none")
+
+
+def prepare(template, *arguments):
+    return data.main(["prepare", "-c", template, *map(str, arguments)])
+
+
+def clips_of(folder):
+    return [path for name in ("train", "valid", "test") for path in read_file_list(folder / f"{name}_files.txt")]
+
+
+def test_every_kind_of_recording_becomes_clips(recordings, template, tmp_path, capsys):
+    source, usable = recordings
+    assert prepare(template, source, tmp_path / "out", "--max_seconds", 3) == 0
+    said = capsys.readouterr().out
+    clips = clips_of(tmp_path / "out")
+    assert len(set(clips)) == len(clips)
+    stems = {Path(clip).stem.removeprefix("ann_").removeprefix("bob_").partition("_00")[0] for clip in clips}
+    assert stems == usable
+    for words in ("silent.wav: silent", "short.wav: too short", "original.wav: the same audio as", "empty.wav: empty",
+                  "page.mp3: a web page", "phone.m4a: cannot be read", "DC offset, removed: ", "clipped peaks",
+                  "speaker folders: 2", "loudness as recorded", "recorded below 22050 Hz", "mels of"):  # fmt: skip
+        assert words in said, words
+    for clip in clips:
+        audio = read_wav(clip, RATE)
+        assert 0.3 * RATE < len(audio) <= 3 * RATE and abs(audio.mean()) < 5e-3
+    of_the_long = [clip for clip in clips if "/long_0" in clip]
+    assert 2 <= len(of_the_long) <= 4  # cut, and nowhere else than in its pauses
+    for clip in of_the_long:
+        audio = read_wav(clip, RATE).numpy()
+        assert np.abs(audio[:400]).max() < 0.05 or clip.endswith("001.wav")
+    assert len(read_wav(tmp_path / "out" / "wavs" / "quiet_ends.wav", RATE)) < 1.2 * RATE
+
+
+def test_its_experiment_file_names_its_lists(recordings, template, tmp_path):
+    assert prepare(template, recordings[0] / "bob", tmp_path / "out") == 0
+    sections = json.loads((tmp_path / "out" / "config.json").read_text())["data_config"]
+    assert sections["training_files"] == str(tmp_path / "out" / "train_files.txt")
+    assert sections["test_files"] == [str(tmp_path / "out" / f"{name}_files.txt") for name in ("valid", "test")]
+
+
+def test_a_second_run_does_what_is_new_and_leaves_the_split(recordings, template, tmp_path):
+    own = tmp_path / "own"
+    for number in range(6):
+        (own / "x").mkdir(parents=True, exist_ok=True)
+        soundfile.write(own / "x" / f"{number}.wav", speech(0.6, RATE, 100 + number), RATE)
+    out = tmp_path / "out"
+    assert prepare(template, own, out) == 0
+    before = {name: set(read_file_list(out / f"{name}_files.txt")) for name in ("train", "valid", "test")}
+    assert all(before.values())
+    times = {path: path.stat().st_mtime_ns for path in (out / "wavs").iterdir()}
+    with open(out / "takes.jsonl", "a") as file:
+        file.write('{"path": "cut sho')  # by a crash
+    soundfile.write(own / "x" / "new.wav", speech(0.6, RATE, 200), RATE)
+    soundfile.write(own / "x" / "0.wav", speech(0.7, RATE, 201), RATE)  # changed
+    assert prepare(template, own, out) == 0
+    for name, clips in before.items():
+        assert clips <= set(read_file_list(out / f"{name}_files.txt"))
+    kept = [path for path in times if path.name != "x_0.wav"]
+    assert len(kept) == 5 and all(path.stat().st_mtime_ns == times[path] for path in kept)
+    assert len(read_wav(out / "wavs" / "x_0.wav", RATE)) == int(0.7 * RATE)
+    assert (out / "wavs" / "x_new.wav").is_file()
+
+
+def test_16_bit_audio_at_the_rate_is_not_touched(template, tmp_path):
+    samples = np.random.default_rng(0).integers(-9_000, 9_000, 20_000).astype(np.int16)
+    samples -= np.int16(samples.mean().round())
+    soundfile.write(tmp_path / "a.wav", samples, RATE)
+    assert prepare(template, tmp_path / "a.wav", tmp_path / "out") == 0
+    assert np.array_equal(soundfile.read(tmp_path / "out" / "wavs" / "a.wav", dtype="int16")[0], samples)
+
+
+def test_finer_audio_is_dithered_the_same_way_twice(template, tmp_path):
+    quiet = np.full(20_000, 0.3 / 32_768)
+    quiet[::50] = 0.1
+    soundfile.write(tmp_path / "a.wav", quiet, RATE, "FLOAT")
+    for name in ("one", "two"):
+        assert prepare(template, tmp_path / "a.wav", tmp_path / name) == 0
+    one, two = (soundfile.read(tmp_path / name / "wavs" / "a.wav", dtype="int16")[0] for name in ("one", "two"))
+    assert np.array_equal(one, two)
+    low = one[np.arange(20_000) % 50 > 0]
+    assert set(np.unique(low)) <= {-60, *range(-70, 3)} and low.std() > 0.3  # no longer one and the same value
+
+
+def test_whole_speakers_are_held_out_if_asked(recordings, template, tmp_path):
+    assert prepare(template, recordings[0] / "ann", recordings[0] / "bob", tmp_path / "flat") == 0
+    assert prepare(template, recordings[0], tmp_path / "out", "--by_speaker", "--valid", 0) == 0
+    sets = [{Path(clip).name.partition("_")[0] for clip in read_file_list(tmp_path / "out" / f"{name}_files.txt")}
+            for name in ("train", "test")]  # fmt: skip
+    assert sets[0].isdisjoint(sets[1] & {"ann", "bob"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "out"], "nowhere: no such file or folder"),
+        (["empty", "out"], "no recordings there"),
+        (["silent.wav", "out"], "no recording can be used; the first: silent.wav: silent"),
+        (["silent.wav", "empty/.."], "not empty, and no corpus that was prepared before"),
+    ],
+)
+def test_what_cannot_be_prepared_is_named(template, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    soundfile.write("silent.wav", np.zeros(9_000), RATE)
+    assert prepare(template, *arguments) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ") and words in message
+
+
+# --- the parts
+
+
+def test_an_offset_is_removed_and_channels_are_averaged(tmp_path):
+    left = speech(0.5, 44_100, 120)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, -left], axis=1) + 0.1, 44_100, "FLOAT")
+    recording = read_recording(tmp_path / "a.wav", RATE)
+    assert recording.offset == pytest.approx(0.1, abs=1e-3)
+    assert np.abs(recording.audio[500:-500]).max() < 1e-3 and len(recording.audio) == round(0.5 * RATE)
+    assert (recording.form, recording.rate) == ("WAV FLOAT, 2 channels", 44_100)
+
+
+def test_resampling_keeps_what_both_rates_hold(tmp_path):
+    time = np.arange(48_000) / 48_000
+    both = 0.5 * np.sin(2 * np.pi * 1_000 * time) + 0.3 * np.sin(2 * np.pi * 15_000 * time)
+    soundfile.write(tmp_path / "a.wav", both, 48_000, "FLOAT")
+    audio = read_recording(tmp_path / "a.wav", RATE).audio
+    expected = 0.5 * np.sin(2 * np.pi * 1_000 * np.arange(len(audio)) / RATE)
+    assert np.abs(audio - expected)[500:-500].max() < 1e-3
+
+
+def test_segments_cover_the_speech_within_their_length():
+    pause = np.zeros(4_000)
+    take = np.concatenate([np.zeros(9_000), *(np.concatenate([speech(0.5, RATE, 100 + n), pause]) for n in range(9))])
+    pieces = find_segments(take, RATE, 50.0, 2.0)
+    assert all(0 < last - first <= 2 * RATE + 221 for first, last in pieces)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(pieces))
+    inside = sum(np.square(take[first:last]).sum() for first, last in pieces)
+    assert inside > 0.999 * np.square(take).sum()
+    for first, _ in pieces[1:]:
+        assert np.abs(take[first : first + 200]).max() < 0.05
+    assert find_segments(take, RATE, 0.0, 99.0) == [(0, len(take))]
+    assert find_segments(np.zeros(9_000), RATE, 50.0, 2.0) == []
+
+
+def test_loudness_is_that_of_the_standard():
+    for rate in (48_000, 44_100, 16_000):  # BS.1770: a full-scale sine of 997 Hz in one channel is -3.01 LUFS
+        sine = np.sin(2 * np.pi * 997 * np.arange(3 * rate) / rate)
+        assert loudness(sine, rate) == pytest.approx(-3.01, abs=0.05)
+        assert loudness(0.1 * sine, rate) == pytest.approx(-23.01, abs=0.05)
+    assert loudness(np.zeros(9_000), RATE) == -np.inf
+    assert loudness(speech(0.2, RATE, 99), RATE) > -40  # shorter than a block
+    assert gain(0.1 * sine, -23.01, "loudness") == pytest.approx(1, abs=1e-2)
+    assert gain(sine, -3.0, "keep") == pytest.approx(0.999) and gain(0.5 * sine, -9.0, "peak") == pytest.approx(1.9)
+
+
+def test_a_set_is_a_matter_of_the_name():
+    units = [f"take{n}" for n in range(2_000)]
+    sets = assign(units, 0.05, 0.1, {})
+    shares = [sum(name == which for name in sets.values()) / len(units) for which in ("valid", "test")]
+    assert shares == pytest.approx([0.05, 0.1], abs=0.02)
+    assert assign(units[:1_000], 0.05, 0.1, {}) == {unit: sets[unit] for unit in units[:1_000]}
+    few = sorted(f"u{n}" for n in range(200) if fraction_of(f"u{n}") > 0.9)[:4]
+    first = assign(few, 0.05, 0.05, {})
+    assert sorted(first.values()) == ["test", "train", "train", "valid"]
+    assert assign([*few, "another"], 0.05, 0.05, first).items() >= first.items()
+    assert assign(["one"], 0.5, 0.5, {"one": "train"}) == {"one": "train"}
