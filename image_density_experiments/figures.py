@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BREAK = 2.0  # a gap wider than this many times the wider of two groups breaks the axis
+BREAK = 2.0  # a gap wider than this many times the narrower of two groups breaks the axis
+BINS = 40
 
 
 def image_grid(rows: Sequence[np.ndarray], margin: int = 2) -> np.ndarray:
@@ -64,12 +65,11 @@ def save_histogram(path: Path, bits: dict[str, np.ndarray], title: str) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     panels = figure.subplots(1, max(1, len(stretches)), sharey=True, squeeze=False)[0]
     for axes, (first, last) in zip(panels, stretches, strict=False):
-        edges = np.linspace(first, last, 41)
         for index, (_, values) in enumerate(finite.items()):
             inside = values[(values >= first) & (values <= last)]
             if len(inside):
                 weights = np.full(len(inside), 1 / len(values))
-                axes.hist(inside, edges, weights=weights, alpha=0.6, color=f"C{index}")
+                axes.hist(inside, _edges(inside, first, last), weights=weights, alpha=0.6, color=f"C{index}")
         axes.tick_params(axis="x", labelrotation=30 if len(stretches) > 1 else 0)
     panels[0].set_ylabel("share of the images")
     _mark_breaks(panels)
@@ -78,12 +78,19 @@ def save_histogram(path: Path, bits: dict[str, np.ndarray], title: str) -> None:
     _save(path, figure)
 
 
+def _edges(values: np.ndarray, first: float, last: float) -> np.ndarray:
+    """Bins of a stretch of the axis, or finer ones for values that would all fall into a few of those."""
+    low, high = float(values.min()), float(values.max())
+    narrow = 0 < high - low < 5 * (last - first) / BINS
+    return np.linspace(low, high, 13) if narrow else np.linspace(first, last, BINS + 1)
+
+
 def _stretches(groups: Sequence[np.ndarray]) -> list[tuple[float, float]]:
     """The parts of the axis that hold something: one, or one per group where groups lie far from one another."""
     ranges = sorted((float(values.min()), float(values.max())) for values in groups)
     joined: list[tuple[float, float]] = []
     for first, last in ranges:
-        if joined and first - joined[-1][1] <= BREAK * max(last - first, joined[-1][1] - joined[-1][0]):
+        if joined and first - joined[-1][1] <= BREAK * min(last - first, joined[-1][1] - joined[-1][0]):
             joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
         else:
             joined.append((first, last))
