@@ -16,10 +16,10 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from audio import MelSpectrogram, is_mel_file, read_mel, read_wav, rescale, shortest_audio, wav_length, write_mel
 from config import REMEDIES, Config, DataConfig, load_config
+from harness import terminal
 from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
 from harness.errors import InputError
 from harness.lists import read_entries
@@ -261,10 +261,10 @@ def _save_mels(options: argparse.Namespace) -> None:
     if not wavs:
         raise InputError("no wavs given; name some, or a list of them with --list")
     clips = ClipDataset(wavs, data_config)  # every header is checked before anything is written
-    for index, name in enumerate(tqdm(output_names(wavs, ".npy"), desc="mel", unit="clip")):
+    for index, name in enumerate(terminal.bar(output_names(wavs, ".npy"), desc="mel", unit="clip")):
         _, _, mel = clips[index]
         write_mel(Path(options.output, name), mel)
-    print(f"{len(wavs)} mels in {options.output}")
+    terminal.say(f"{len(wavs)} mels in {options.output}")
 
 
 if __name__ == "__main__":

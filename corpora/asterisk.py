@@ -15,7 +15,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from audio import INT16_SCALE, wav_length, write_wav
 from corpora.lists import FileLists, write_lists
@@ -124,7 +123,7 @@ def _decode_all(sounds: dict[str, bytes], folder: Path) -> list[str]:
         return str(path)
 
     with ThreadPoolExecutor() as pool:
-        return list(tqdm(pool.map(decode, sounds), "asterisk", len(sounds), unit="clip", disable=None))
+        return list(terminal.bar(pool.map(decode, sounds), "asterisk", len(sounds), unit="clip", disable=None))
 
 
 def _is_whole(path: Path) -> bool:

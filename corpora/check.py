@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from audio import INT16_SCALE, read_wav, shortest_audio, wav_length
 from config import DataConfig
+from harness import terminal
 from harness.errors import InputError
 from harness.files import written_whole
 
@@ -50,7 +50,7 @@ def inspect_corpus(
 ) -> list[ClipReport]:
     """A report per entry of the two lists, in order, duplicates between and within them included."""
     clips = [ClipReport(file, "train") for file in training_files] + [ClipReport(file, "test") for file in test_files]
-    for clip in tqdm(clips, "check", unit="clip", disable=None):
+    for clip in terminal.bar(clips, "check", unit="clip", disable=None):
         try:
             _measure(clip, data_config.sampling_rate)
             _judge(clip, data_config)

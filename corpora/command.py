@@ -63,14 +63,14 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _prepare_ljspeech(options: argparse.Namespace) -> None:
-    print(ljspeech.prepare_corpus(options.folder, ljspeech.LJSPEECH, options.archive, options.unpacked))
+    terminal.say(ljspeech.prepare_corpus(options.folder, ljspeech.LJSPEECH, options.archive, options.unpacked))
 
 
 def _prepare_asterisk(options: argparse.Namespace) -> None:
-    print(asterisk.prepare_corpus(options.folder, options.archive, options.unpacked))
+    terminal.say(asterisk.prepare_corpus(options.folder, options.archive, options.unpacked))
 
 
 def _make_demo(options: argparse.Namespace) -> None:
     lists, finished = demo.make_demo_corpus(options.folder)
-    print(f"{options.folder}: " + ("already complete, kept" if finished else "demo corpus made"))
-    print(lists)
+    terminal.say(f"{options.folder}: " + ("already complete, kept" if finished else "demo corpus made"))
+    terminal.say(lists)

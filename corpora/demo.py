@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from audio import INT16_SCALE, wav_length, write_wav
 from corpora.lists import FileLists, write_lists
+from harness import terminal
 from harness.errors import InputError
 from harness.files import written_whole
 
@@ -65,7 +65,7 @@ def _speak_clips(text: Sequence[str], clips: Sequence[str]) -> None:
         except BrokenProcessPool:
             raise InputError("espeak-ng crashed; reinstall the espeakng-loader package") from None
     noise = np.random.default_rng(0)
-    for clip, samples in zip(clips, tqdm(spoken, desc="demo corpus", unit="clip"), strict=True):
+    for clip, samples in zip(clips, terminal.bar(spoken, desc="demo corpus", unit="clip"), strict=True):
         floor = noise.normal(0.0, NOISE_FLOOR, len(samples))
         write_wav(clip, torch.from_numpy((samples + floor) / INT16_SCALE), SAMPLING_RATE)
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from data import ClipDataset
+from harness import terminal
 from harness.files import written_whole
+from harness.stopping import safe_point
 from model import FlowVocoder
 from modules import gaussian_log_density
 
@@ -78,8 +79,9 @@ def clip_likelihoods(
     results = []
     # A generator of its own: a loader draws a number even if it needs none, and not from a training run's.
     loader = DataLoader(clips, batch_size=None, generator=torch.Generator())
-    for path, audio, mel in tqdm(loader, "likelihood", unit="clip", leave=False, disable=None):
+    for path, audio, mel in terminal.bar(loader, "likelihood", unit="clip", leave=False, disable=None):
         audio = audio[: len(audio) // model.config.n_height * model.config.n_height]
+        safe_point()
         z, log_det = model(audio.unsqueeze(0).to(device), mel.unsqueeze(0).to(device))
         prior = gaussian_log_density(z, sigma).item() / len(audio)
         per_sample = log_det.item() / len(audio)

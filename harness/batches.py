@@ -4,6 +4,7 @@ Every random choice comes from a generator seeded by (purpose, seed, epoch, ...)
 """
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +72,11 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
             yield self.batch(number)[self.share]
 
 
+def _begin_worker(worker: int) -> None:
+    leave_signals_to_the_main_process(worker)
+    warnings.simplefilter("ignore")  # of libraries; what is wrong with an item, its error says
+
+
 class BatchLoader(DataLoader):
     """A DataLoader in which a worker's InputError stays the one line it was, without the worker's traceback.
 
@@ -85,7 +91,7 @@ class BatchLoader(DataLoader):
             num_workers=n_workers,
             persistent_workers=n_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=_begin_worker,
             # DataLoader draws a seed for its workers even if they need none; left alone, from the global generator.
             generator=torch.Generator().manual_seed(seed),
             **options,

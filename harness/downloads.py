@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from harness import terminal
 from harness.errors import InputError
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -146,4 +147,4 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _byte_bar(title: str, total: int, initial: int = 0) -> tqdm:
-    return tqdm(desc=title, total=total, initial=initial, unit="B", unit_scale=True, unit_divisor=1000)
+    return terminal.bar(desc=title, total=total, initial=initial, unit="B", unit_scale=True, unit_divisor=1000)

@@ -1,6 +1,7 @@
 """Records of a run for people: tables as CSV, and TensorBoard, both over the iteration."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +59,14 @@ class RunLog:
     def _open_writer(self, first: int | None = None) -> None:
         if self._tensorboard is None:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
-
         try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+
             self._writer = SummaryWriter(self._tensorboard, purge_step=first)
         except OSError as error:
             self._refused(error)
+        except Exception as error:
+            self._give_up(error)
 
     def steps(self, rows: Sequence[Sequence[float]]) -> None:
         """Append rows of the columns; TensorBoard gets the last.
@@ -97,6 +100,13 @@ class RunLog:
         except OSError as error:  # of its writing thread, which has ended; with the next row, a new one
             self._writer = None
             self._refused(error)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without TensorBoard: curves and pictures are not the work, whatever a library makes of them."""
+        self._writer = self._tensorboard = None
+        terminal.warn(f"TensorBoard gets no more ({type(error).__name__}: {reason(error)}); training goes on")
 
     def scalar(self, name: str, value: float, iteration: int) -> None:
         """A TensorBoard scalar."""
@@ -117,7 +127,8 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._table.close()
+        with suppress(OSError):
+            self._table.close()
         self._to_tensorboard(lambda writer: writer.close())
 
 

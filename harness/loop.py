@@ -13,11 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from harness import terminal
 from harness.bad_steps import BadSteps
-from harness.errors import Remedies
+from harness.errors import Remedies, reason
 from harness.log import NoLog, RunLog
 from harness.processes import agree, is_main
 from harness.stopping import StopRequest, worker_deaths_named
@@ -90,7 +89,7 @@ class Loop(ABC):
 
     @abstractmethod
     def milestone(self, finished: bool) -> None:
-        """Save; then evaluate and sample by `stop.unless_stopped`, which a signal ends at once."""
+        """Save; then evaluate and sample by `stop.unless_stopped`, which a signal ends at the next safe point."""
 
     def is_due(self, iteration: int) -> bool:
         """Tell whether there is a milestone after this iteration."""
@@ -167,7 +166,7 @@ class Progress:
     def __init__(self, loop: Loop, iteration: int) -> None:
         self.loop = loop
         hidden = None if is_main() else True  # None: where there is no terminal
-        self.bar = tqdm(total=loop.last, initial=iteration, unit="step", dynamic_ncols=True, disable=hidden)
+        self.bar = terminal.bar(total=loop.last, initial=iteration, unit="step", dynamic_ncols=True, disable=hidden)
         self._unsaid: list[Step] = []
         self._seconds = 0.0  # that the unsaid took
 
@@ -213,4 +212,7 @@ class Saver:
         self.failed = False
         terminal.say(f"saved {path}")
         if self.trained.bad_steps.in_a_row == 0:
-            self.trained.prune(path)
+            try:
+                self.trained.prune(path)
+            except OSError as error:
+                terminal.say(f"warning: an older checkpoint was not removed ({reason(error)})")

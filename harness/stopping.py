@@ -7,14 +7,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TypeVar
 
 import torch
 
 from harness import terminal
-from harness.errors import InputError
+from harness.errors import InputError, reason
+
+INTERRUPTED = 130  # the status that shells give to a process which ended by SIGINT
+SAME_INTERRUPT = 0.25  # seconds: torchrun hands a terminal's Ctrl-C on to processes that have had it already
 
 Result = TypeVar("Result")
 
@@ -24,35 +27,69 @@ def exit_status(job: Callable[[], int | None], report: Callable[[Exception], Non
     OSError or a lack of memory, which become one line on stderr, or what `report` makes of them.
     """
     report = report or terminal.error
+    with terminal.ready(), _threads_of_libraries():
+        try:
+            return job() or 0
+        except KeyboardInterrupt:
+            terminal.note("interrupted")
+            return INTERRUPTED
+        except InputError as error:
+            report(error)
+        except OSError as error:
+            report(InputError(reason(error)))
+        except (MemoryError, RuntimeError) as error:  # torch has no class of its own for the memory of the CPU
+            lack = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+            if not lack:
+                raise
+            report(InputError(f"out of memory ({' '.join(str(error).split())[:120]}); choose smaller sizes"))
+        return 1
+
+
+@contextmanager
+def _threads_of_libraries() -> Iterator[None]:
+    """Leave the OSErrors of other threads, such as TensorBoard's, to those who hear of them in the main one."""
+    before = threading.excepthook
+
+    def hook(what: "threading.ExceptHookArgs") -> None:
+        if not issubclass(what.exc_type, OSError):
+            before(what)
+
+    threading.excepthook = hook
     try:
-        return job() or 0
-    except KeyboardInterrupt:
-        terminal.note("interrupted")
-        return 130
-    except (InputError, OSError) as error:
-        report(error)
-    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for the memory of the CPU
-        lack = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-        if not lack:
-            raise
-        report(InputError(f"out of memory ({' '.join(str(error).split())[:120]}); choose smaller sizes"))
-    return 1
+        yield
+    finally:
+        threading.excepthook = before
 
 
-class _StopNow(Exception):
+class _Stopped(Exception):
     pass
+
+
+_stoppable: "StopRequest | None" = None  # whose `unless_stopped` is under way
+
+
+def safe_point() -> None:
+    """A place between two parts of a longer work, where a signal that came meanwhile may end it.
+
+    Does nothing unless the work is done by `StopRequest.unless_stopped`. What must be put back belongs in a `finally`.
+    """
+    if _stoppable is not None and _stoppable.signal is not None:
+        raise _Stopped
 
 
 class StopRequest:
     """A wish to end a run before its last step: after SIGINT, SIGTERM, or `hours`; asked between steps.
 
-    A second SIGINT stops at once, and `unless_stopped` ends its work at the first signal.
+    A signal is only noted: nothing is raised into code that does not expect it. A second SIGINT, of a person who does
+    not want to wait, ends the process at once, as SIGKILL would. SIGTERM and SIGINT in either order, and a SIGINT that
+    comes by two ways at the same time, are one wish.
     """
 
     def __init__(self, hours: float | None = None) -> None:
         self.signal: int | None = None
         self._hours, self._deadline = hours, math.inf if hours is None else time.monotonic() + 3600 * hours
-        self._interruptible = False
+        self._interrupted_at = math.inf
+        self._process = os.getpid()
 
     def __bool__(self) -> bool:
         return self.signal is not None or time.monotonic() >= self._deadline
@@ -82,26 +119,38 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-        if self._interruptible:
-            self._interruptible = False
-            raise _StopNow
+        if os.getpid() != self._process:  # a data loading process that has not yet said that it leaves signals alone
+            return
+        if number == signal.SIGINT:
+            if time.monotonic() - self._interrupted_at >= SAME_INTERRUPT:
+                _end_now()
+            self._interrupted_at = min(self._interrupted_at, time.monotonic())
+        self.signal = self.signal or number
 
     def unless_stopped(self, work: Callable[[], Result]) -> Result | None:
         """Do what may be left half done, such as an evaluation, and return its result.
 
-        A signal, before or during it, ends it at once: None.
+        A signal before it, or before the last of its safe points, ends it there: None.
         """
+        global _stoppable
+        before, _stoppable = _stoppable, self
         try:
-            self._interruptible = True
-            try:
-                return work() if self.signal is None else None
-            finally:
-                self._interruptible = False
-        except _StopNow:
+            safe_point()
+            return work()
+        except _Stopped:
             return None
+        finally:
+            _stoppable = before
+
+
+def _end_now() -> None:
+    """End this process and those that load its data, from within a signal handler: nothing else of ours runs."""
+    for child in multiprocessing.active_children():
+        with suppress(OSError):
+            os.kill(child.pid, signal.SIGKILL)
+    with suppress(OSError):
+        os.write(2, b"\ninterrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:

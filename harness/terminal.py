@@ -1,21 +1,37 @@
-"""The one place that speaks to the terminal. Progress bars stay whole: lines are written above them."""
+"""The one place that speaks to the terminal, and never fails: what it says is not the work.
 
+A full disk behind stdout, a pipe that nobody reads any more, a terminal that is gone, closed descriptors, letters that
+an ASCII terminal lacks: the line is lost or written differently, and the work goes on. Progress bars stay whole: lines
+are written above them. What could be mistaken for an order to the terminal is escaped.
+"""
+
+import contextlib
+import logging
+import os
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper, disp_len
+
+from harness import errors
+
+_QUIET = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning, RuntimeWarning)
 
 
-def say(text: str) -> None:
-    """A line on stdout, for what a command was asked to tell."""
-    tqdm.write(text, file=sys.stdout)
+def say(text: object) -> None:
+    """A line on stdout, for what a command was asked to tell; or several."""
+    _write(sys.stdout, errors.lines(text))
 
 
-def note(text: str) -> None:
+def note(text: object) -> None:
     """A line on stderr."""
-    tqdm.write(text, file=sys.stderr)
+    _write(sys.stderr, errors.one_line(text))
 
 
-def warn(text: str) -> None:
+def warn(text: object) -> None:
     """A warning on stderr: work goes on."""
     note(f"warning: {text}")
 
@@ -23,3 +39,112 @@ def warn(text: str) -> None:
 def error(text: object) -> None:
     """An error on stderr: work ends."""
     note(f"error: {text}")
+
+
+def bar(*arguments: Any, **options: Any) -> tqdm:
+    """A progress bar on stderr, as tqdm makes it."""
+    if sys.stderr is None:
+        options["disable"] = True
+    return _Bar(*arguments, file=_Unfailing(sys.stderr), **options)
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            tqdm.write(text, file=_Unfailing(stream))
+
+
+class _Bar(tqdm):
+    """A bar that is drawn on its own stream only; tqdm's flushes others first, which may fail."""
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], None]:
+        """A function that writes a line over the one before."""
+        width = 0
+
+        def draw(line: str) -> None:
+            nonlocal width
+            file.write(f"\r{line}{' ' * (width - disp_len(line))}")
+            width = disp_len(line)
+
+        return draw
+
+
+class _Unfailing(ObjectWrapper):
+    """A stream whose failures are nobody's; what it cannot encode is escaped."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            encoding = getattr(self._wrapped, "encoding", None) or "utf-8"
+            self._wrapped.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._wrapped.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._wrapped.flush()
+
+    def __eq__(self, other: object) -> bool:
+        return self._wrapped == getattr(other, "_wrapped", other)
+
+    __hash__ = None
+
+
+# --- around a command -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ready() -> Iterator[None]:
+    """Context of a whole command: its output can fail without consequence, and libraries' warnings are lines as ours.
+
+    Descriptors 0 to 2 that are closed are opened to nothing, or the next file to be opened, a checkpoint say, would
+    get what libraries write to stderr.
+    """
+    _fill_closed_descriptors()
+    said: set[str] = set()
+
+    def show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+        text = errors.one_line(str(message).strip().partition("\n")[0], 300)
+        if not issubclass(category, _QUIET) and text not in said:
+            said.add(text)
+            warn(text)
+
+    before, warnings.showwarning = warnings.showwarning, show_warning
+    last_resort, logging.lastResort = logging.lastResort, _Said(logging.WARNING)
+    try:
+        yield
+    finally:
+        warnings.showwarning, logging.lastResort = before, last_resort
+        settle()
+
+
+class _Said(logging.Handler):
+    """A logging handler, for libraries that nobody listens to otherwise."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(errors.one_line(record.getMessage(), 300))
+
+
+def _fill_closed_descriptors() -> None:
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+
+
+def settle() -> None:
+    """Let go of what could not be written, or the interpreter would end with a complaint and a status of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+                stream.flush()

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from harness import terminal
 from harness.errors import InputError, reason, show
 from harness.files import RefusedFile, read_text
 from harness.log import MAX_TABLE_BYTES
@@ -95,11 +96,11 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 def print_table(runs: Sequence[Run]) -> None:
     """One line per run."""
-    print(
+    terminal.say(
         f"{'run':<16}{'model_type':<20}{'size':<26}{'parameters':>12}{'iteration':>11}{'train':>9}{'test':>9}  bits/dim"
     )
     for run in runs:
-        print(
+        terminal.say(
             f"{run.name:<16}{run.model_type:<20}{run.size:<26}{run.parameters:>12,}{run.iteration:>11}"
             f"{run.train:>9.4f}{run.test:>9.4f}"
         )
@@ -119,7 +120,7 @@ def _compare(folders: Sequence[Path], curves: Path | None) -> None:
     print_table(runs)
     if curves:
         save_curves(curves, {f"{run.name}, {run.parameters:,} parameters": run.curve for run in runs})
-        print(f"curves: {curves}")
+        terminal.say(f"curves: {curves}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """Measures of a trained image model: bits per dimension, reconstructions, images between images, strangeness."""
 
 import csv
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.errors import InputError
 from harness.files import written_whole
 from harness.processes import rank, world_size
+from harness.stopping import safe_point
 from image_density_experiments.data import quantise, test_batches
 from image_density_experiments.datasets import Split
 from image_density_experiments.model import ImageFlow
@@ -21,6 +23,17 @@ from image_density_experiments.model import ImageFlow
 def half_precision(device: torch.device, wanted: bool) -> AbstractContextManager:
     """bfloat16 autocast for the estimators; its range needs no loss scaling."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context in which the model is in evaluation mode; however it ends, the model is then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def one_hot(labels: Tensor, model: ImageFlow) -> Tensor | None:
@@ -44,20 +57,20 @@ def bits_per_dim(
     The model comes back as it was. shared: only of this process's share of the images, for `gather`.
     """
     first, every = (rank(), world_size()) if shared else (0, 1)
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    model.eval()
     results, n_seen = [torch.empty(0)], 0
-    for x, labels in test_batches(split, model.config.n_bits, batch_size):
-        noise = torch.rand(x.shape, generator=generator) / 2**model.config.n_bits
-        part = slice((first - n_seen) % every, None, every)
-        x, labels, noise, n_seen = x[part], labels[part], noise[part], n_seen + len(x)
-        if not len(x):
-            continue
-        with half_precision(device, amp):
-            _, bits, _ = model(x.to(device), one_hot(labels, model), noise=noise.to(device))
-        results.append(bits.float().cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for x, labels in test_batches(split, model.config.n_bits, batch_size):
+            safe_point()
+            noise = torch.rand(x.shape, generator=generator) / 2**model.config.n_bits
+            part = slice((first - n_seen) % every, None, every)
+            x, labels, noise, n_seen = x[part], labels[part], noise[part], n_seen + len(x)
+            if not len(x):
+                continue
+            with half_precision(device, amp):
+                _, bits, _ = model(x.to(device), one_hot(labels, model), noise=noise.to(device))
+            results.append(bits.float().cpu())
     return torch.cat(results).numpy()
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from harness.files import written_whole
+from harness.stopping import safe_point
 from image_density_experiments.data import to_pixels
-from image_density_experiments.evaluation import one_hot
+from image_density_experiments.evaluation import evaluating, one_hot
 from image_density_experiments.figures import save_image_rows
 from image_density_experiments.model import ImageFlow
 
@@ -52,9 +53,8 @@ def draw(model: ImageFlow, n: int, temperature: float, seed: int, labels: Tensor
     """
     if labels is None:
         labels = torch.arange(n) % model.config.y_classes
-    was_training, parts, n_drawn, n_rejected = model.training, [], 0, 0
-    model.eval()
-    with torch.random.fork_rng(devices=[]):
+    parts, n_drawn, n_rejected = [], 0, 0
+    with evaluating(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for some in labels.split(AT_ONCE):
             images, wrong = _drawn(model, some, temperature), torch.empty(0)
@@ -67,11 +67,11 @@ def draw(model: ImageFlow, n: int, temperature: float, seed: int, labels: Tensor
                 images[wrong] = _drawn(model, some[wrong.cpu()], temperature)
                 n_drawn += len(wrong)
             parts.append(images.cpu())
-    model.train(was_training)
     return Samples(torch.cat(parts), n_drawn, n_rejected)
 
 
 def _drawn(model: ImageFlow, labels: Tensor, temperature: float) -> Tensor:
+    safe_point()
     return model.reverse(y_onehot=one_hot(labels, model), temperature=temperature, n=len(labels))
 
 

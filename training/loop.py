@@ -14,7 +14,7 @@ from harness import terminal
 from harness.log import NoLog, RunLog
 from harness.loop import Loop, Step
 from harness.processes import gather, is_main
-from harness.stopping import StopRequest
+from harness.stopping import StopRequest, safe_point
 from training.trainer import Trainer
 
 COLUMNS = ("iteration", "loss", "prior", "log_det", "grad_norm", "learning_rate")  # of losses.csv
@@ -106,6 +106,7 @@ class VocoderLoop(Loop):
 
     def _synthesize_first(self) -> None:
         trainer, data = self.trained, self.trained.config.data_config
+        safe_point()
         mel, _ = load_synthesis_entry(self.test_clips.files[0], data, self.test_clips.mel)
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # none of the run's own random numbers

@@ -1,5 +1,6 @@
 """stopping.py: signals, hours, errors and the exit status; alone and by the real command."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,8 +12,10 @@ import torch
 
 import checkpoint as ckpt
 from harness.errors import InputError
-from harness.stopping import StopRequest, exit_status
+from harness.stopping import SAME_INTERRUPT, StopRequest, exit_status, safe_point
 from tests.support.experiments import ROOT, losses, run
+
+FORK = multiprocessing.get_context("fork")
 
 
 def test_a_signal_is_noted_and_its_status_is_the_conventional_one(capsys):
@@ -28,25 +31,75 @@ def test_a_signal_is_noted_and_its_status_is_the_conventional_one(capsys):
     assert said.err == "error: the last checkpoint could not be saved; free some space, go on\n" * 2
 
 
-def test_a_second_interrupt_stops_at_once_and_handlers_are_put_back():
+def signalled(numbers, pause):
+    """The exit status of a process that gets signals while it has a StopRequest, one after the other."""
+
+    def run():
+        with StopRequest():
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(pause)
+        os._exit(7)
+
+    process = FORK.Process(target=run)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+def test_a_second_interrupt_stops_at_once_and_handlers_are_put_back(capfd):
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), StopRequest():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+    pause = SAME_INTERRUPT + 0.05
+    assert signalled([INT, INT], pause) == 130
+    assert signalled([TERM, INT, TERM, INT], pause) == 130
+    assert capfd.readouterr().err.split() == ["interrupted"] * 2
 
 
-def test_what_may_be_left_half_done_ends_at_the_first_signal():
+@pytest.mark.parametrize(
+    ("numbers", "pause"),
+    [([TERM, INT], 0.3), ([INT, TERM], 0.3), ([TERM] * 5, 0), ([TERM, TERM, INT, TERM], 0), ([INT] * 5, 0),
+     ([INT, TERM] * 3, 0)],
+)  # fmt: skip
+def test_signals_as_batch_queues_and_launchers_send_them_are_one_wish(numbers, pause):
+    assert signalled(numbers, pause) == 7
+
+
+def test_what_may_be_left_half_done_ends_at_its_next_safe_point_and_nowhere_else():
     done = []
 
     def work():
-        os.kill(os.getpid(), signal.SIGTERM)
-        done.append("never reached")
+        try:
+            safe_point()
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("what was begun is finished")
+            safe_point()
+            done.append("never reached")
+        finally:
+            done.append("put back")
 
+    safe_point()
     with StopRequest() as stop:
-        stop.unless_stopped(work)
-        stop.unless_stopped(lambda: done.append("not even begun"))
-        assert stop and done == []
+        assert stop.unless_stopped(work) is None
+        assert stop.unless_stopped(lambda: done.append("not even begun")) is None
+        safe_point()  # not in such a work
+        assert stop and done == ["what was begun is finished", "put back"]
+
+
+def test_a_process_that_inherits_the_handler_leaves_the_signal_alone():
+    with StopRequest() as stop:
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.write(writing, b"1" if stop else b"0")
+            os._exit(0)
+        assert os.read(reading, 1) == b"0" and not stop
+        os.wait()
 
 
 def test_max_hours_saves_and_ends_well(config, tmp_path, capsys):
