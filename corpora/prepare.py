@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from audio import INT16_SCALE, shortest_audio, write_wav
 from config import Config
@@ -25,6 +24,7 @@ from corpora.lists import FileLists, write_lists
 from corpora.loudness import gain, loudness
 from corpora.recordings import Source, find_sources, read_recording
 from corpora.segments import find_segments
+from harness import terminal
 from harness.errors import InputError
 from harness.files import Appended, written_whole
 
@@ -129,7 +129,7 @@ def _convert_all(sources: Sequence[Source], folder: Path, config: Config, how: P
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             results = pool.map(convert, sources)
-            for take in tqdm(results, "prepare", len(sources), unit="take", disable=None):
+            for take in terminal.bar(results, "prepare", len(sources), unit="take", disable=None):
                 if known.get(take.path) is not take:
                     notes.write(json.dumps(asdict(take)) + "\n")
                 yield take
