@@ -27,6 +27,7 @@ from harness.safetensors_files import SUFFIX, save_safetensors
 from model import build_model
 
 MEL_KEYS = {"sampling_rate", "filter_length", "hop_length", "win_length", "mel_fmin", "mel_fmax", "use_dbmel"}
+LEARNED_ANEW = {"upsample_strides": ".upsampler.convs.", "cin_channels": ".cond_conv."}  # keys, and whose shapes differ
 FILE_NAME = re.compile(r"waveflow_(\d{1,18})")
 
 # --- key names --------------------------------------------------------------------------------------------
@@ -102,6 +103,20 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     coupling_type, transform = model.config.coupling_type, model.config.transform
     shown = lambda name: to_published(name, coupling_type, transform)  # noqa: E731
     checkpoints.load_strictly(model, _our_weights(state_dict), source, shown)
+
+
+def load_fitting_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights as `load_weights` does, but leave layers that take in the mel alone where their shapes are other ones.
+
+    A warning says how many.
+    """
+    weights, own = _our_weights(state_dict), model.state_dict()
+    other = {name.rpartition(".")[0] for name in own if name in weights and weights[name].shape != own[name].shape}
+    other = {layer for layer in other if any(part in f".{layer}." for part in LEARNED_ANEW.values())}
+    if other:
+        terminal.warn(f"{source}: {len(other)} layers that take in the mel have other shapes and begin anew")
+    kept = {name: own[name] if name.rpartition(".")[0] in other else value for name, value in weights.items()}
+    load_weights(model, kept, source)
 
 
 def _our_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,11 +212,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def check_config(checkpoint: Checkpoint, config: Config) -> None:
+def check_config(checkpoint: Checkpoint, config: Config, warm: bool = False) -> None:
     """InputError where a checkpoint was trained under another model or another mel than `config` describes.
 
     Shapes alone do not tell: the same weights make another model with another height, cycle or permutation.
-    Published files hold no config and pass.
+    Published files hold no config and pass. With `warm` another mel is warned of: what it was is learned anew.
     """
     saved, own = checkpoint.config or {}, config.to_dict()
     for section, keys in (
@@ -211,12 +226,15 @@ def check_config(checkpoint: Checkpoint, config: Config) -> None:
         values = saved.get(section)
         for key in sorted(keys & values.keys()) if isinstance(values, Mapping) else ():
             before, now = (list(v) if isinstance(v, tuple) else v for v in (values[key], own[section][key]))
-            if before != now:
-                raise InputError(
-                    f"checkpoint {checkpoint.path} was trained with {section}.{key} {show(before)}, the config says "
-                    f"{show(now)}; "
-                    "make them equal"
-                )
+            if before == now:
+                continue
+            difference = (
+                f"checkpoint {checkpoint.path} was trained with {section}.{key} {show(before)}, the config says "
+                f"{show(now)}"
+            )
+            if not warm or (section == "waveflow_config" and key not in LEARNED_ANEW):
+                raise InputError(f"{difference}; make them equal")
+            terminal.warn(f"{difference}: its weights are only a beginning")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -335,6 +353,7 @@ class Start:
     resume: bool = False  # from the newest whole checkpoint of the run, if it has any
     average: int | None = None  # from the average of the newest so many checkpoints
     epsilon: float | None = None  # their exponential weights
+    warm: bool = False  # only weights are taken, from another mel too
     must_write: bool = False  # the average is to be on disk; a job that only reads does without
 
 
@@ -348,7 +367,7 @@ def starting_point(config: Config, start: Start) -> Checkpoint | None:
         return newest
     if start.average is not None:
         return _average(config, newest_checkpoints(path or config.run_folder, start.average), start)
-    return replace(_read_for(config, Path(path)), sources=(Path(path),)) if path else None
+    return replace(_read_for(config, Path(path), start.warm), sources=(Path(path),)) if path else None
 
 
 def newest_whole(config: Config) -> Checkpoint | None:
@@ -360,15 +379,15 @@ def newest_whole(config: Config) -> Checkpoint | None:
     return None if newest is None else _fitting(newest, config)
 
 
-def _read_for(config: Config, path: Path) -> Checkpoint:
-    return _fitting(read_checkpoint(path), config)
+def _read_for(config: Config, path: Path, warm: bool) -> Checkpoint:
+    return _fitting(read_checkpoint(path), config, warm)
 
 
-def _fitting(checkpoint: Checkpoint, config: Config) -> Checkpoint:
+def _fitting(checkpoint: Checkpoint, config: Config, warm: bool = False) -> Checkpoint:
     """The checkpoint if it is of the config's model; those of other runs are named after their folder too, so that
     their results do not meet the run's own.
     """
-    check_config(checkpoint, config)
+    check_config(checkpoint, config, warm)
     folder = checkpoint.path.resolve().parent
     own = folder == config.run_folder.resolve()
     return replace(checkpoint, name=checkpoint.path.name if own else f"{folder.name}_{checkpoint.path.name}")
@@ -377,7 +396,7 @@ def _fitting(checkpoint: Checkpoint, config: Config) -> Checkpoint:
 def _average(config: Config, newest_first: Sequence[Path], start: Start) -> Checkpoint:
     """The average as a checkpoint, and as a file beside those that it is of."""
     average = average_of(newest_first, start.epsilon)
-    check_config(average, config)
+    check_config(average, config, start.warm)
     model = build_model(config.waveflow_config, config.data_config)
     load_weights(model, average.weights, f"the average of {newest_first[0]} and others")
     suffix = "" if start.epsilon is None else f"_epsilon{start.epsilon:g}"

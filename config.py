@@ -80,6 +80,9 @@ class TrainConfig(Settings):
         le=0.9999999,
         description="added: moving average of the weights, evaluated and synthesized with, saved as `ema`; 0: none",
     )
+    trained_parts: Literal["all", "gates-embedding-projections"] = _plain(
+        "all", "added: what training changes; the few parameters of each flow suffice for a new voice, say"
+    )
     warmup_steps: int = _count(
         0, "added: steps over which the learning rate rises to the schedule; 0, as published: none", minimum=0
     )

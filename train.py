@@ -83,7 +83,10 @@ def train(config: Config, device: torch.device, start: Start, how: Training) -> 
         _warn(overlap_warning(trainer.loader.dataset.files, test_files), slow_half_warning(config.train_config, device))
         test_clips = ClipDataset(share(test_files), config.data_config, max_length=config.data_config.segment_length)
         if trainer.iteration >= last:
-            terminal.say(f"already at iteration {trainer.iteration}; there is nothing to train up to iteration {last}")
+            terminal.say(
+                f"already at iteration {trainer.iteration}; there is nothing to train up to iteration {last} "
+                f"({config.train_config.epochs} epochs of this corpus, or --max_iterations); --warm_start counts anew"
+            )
             return 0
         load_synthesis_entry(test_files[0], config.data_config, test_clips.mel)  # each checkpoint's sample needs it
         _record_and_say(trainer, last)
@@ -285,6 +288,7 @@ def _job(options: argparse.Namespace, config: Config, device: torch.device) -> i
     start = Start(
         resume=options.resume == "latest",
         average=options.average_checkpoint,
+        warm=options.warm_start,
         epsilon=options.epsilon,
         must_write=trains,
     )

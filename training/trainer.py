@@ -24,6 +24,8 @@ from modules import FlowLoss
 from training.optimisation import MovingAverage, make_schedule, schedule_state, scheduled_steps
 from training.precision import make_precision
 
+PARTS = {"all": "", "gates-embedding-projections": ("gates.", "flow_embedding.", "transforms.")}  # of a model, by name
+
 
 class Trainer:
     """One training run: the model, its optimizer, its place in the schedule and in the data.
@@ -49,9 +51,12 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=train.learning_rate, fused=True)
         self.precision = make_precision(train, self.model, self.optimizer)
         self.loss = FlowLoss(train.sigma)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name.startswith(PARTS[train.trained_parts]))
         self.iteration, scheduled, bad_before = 0, 0, 0
         if start is not None:
-            ckpt.load_weights(self.model, start.weights, f"checkpoint {start.name}")
+            load = ckpt.load_fitting_weights if warm else ckpt.load_weights
+            load(self.model, start.weights, f"checkpoint {start.name}")
         elif config.waveflow_config.linear_prediction:
             self.model.initialise(*(tensor.to(device) for tensor in first_batch(config)))
         self.average = MovingAverage(self.model, train.ema_decay) if train.ema_decay else None
