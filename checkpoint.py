@@ -106,7 +106,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
 
 
 def load_fitting_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights as `load_weights` does, but leave layers that take in the mel alone where their shapes are other ones.
+    """Copy weights as `load_weights` does, but leave layers that take in the mel alone where their shapes differ.
 
     A warning says how many.
     """
