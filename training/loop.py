@@ -15,6 +15,7 @@ from harness.log import NoLog, RunLog
 from harness.loop import Loop, Step
 from harness.processes import gather, is_main
 from harness.stopping import StopRequest, safe_point
+from training.expected import NEGATIVE_IS_RIGHT, Standing, expected_curve
 from training.trainer import Trainer
 
 COLUMNS = ("iteration", "loss", "prior", "log_det", "grad_norm", "learning_rate")  # of losses.csv
@@ -39,11 +40,15 @@ class VocoderLoop(Loop):
         log = RunLog(trainer.folder, trainer.iteration, COLUMNS, train.with_tensorboard) if is_main() else NoLog()
         super().__init__(trainer, last, train.iters_per_checkpoint, log, stop)
         self.test_clips, self.test_lists = test_clips, read_test_lists(trainer.config.data_config)
+        self.expected = expected_curve(trainer.config, trainer.loader.dataset.lengths)
+        self.losses: dict[int, float] = {}  # by iteration, of this start
         self.samples_per_step = train.batch_size * trainer.config.data_config.segment_length
 
     def begin(self) -> None:
-        """The likelihood of fresh weights."""
+        """What losses mean, and which are to be expected; the likelihood of fresh weights."""
         if self.trained.iteration == 0:
+            if is_main():
+                terminal.say(NEGATIVE_IS_RIGHT if self.expected is None else f"{NEGATIVE_IS_RIGHT}; {self.expected}")
             self._report_likelihood()
 
     def row(self, step: Step) -> Sequence[float]:
@@ -51,9 +56,12 @@ class VocoderLoop(Loop):
         return step.iteration, *step.results, step.learning_rate
 
     def taken(self, steps: Sequence[Step], seconds: float) -> None:
-        """The speed of training to TensorBoard."""
+        """The speed of training and the expected loss to TensorBoard."""
         speed = len(steps) * self.samples_per_step / seconds
         self.log.scalar("train/samples_per_second", speed, steps[-1].iteration)
+        self.losses.update((step.iteration, step.results[0]) for step in steps)
+        for point in self._expected_points(steps):
+            self.log.scalars({"expected/loss": point.expected, "expected/of_this_run": point.loss}, point.iteration)
 
     def short(self, step: Step, steps_per_second: float) -> str:
         """Loss, learning rate and speed."""
@@ -74,9 +82,18 @@ class VocoderLoop(Loop):
     def milestone(self, finished: bool) -> None:
         """Checkpoint, likelihood, sample."""
         self.saver.save()
+        if is_main() and self.expected is not None and (standing := self.expected.standing(self.losses)):
+            terminal.say(str(standing))
         self._report_likelihood()
         if is_main():
             self.stop.unless_stopped(self._write_sample)
+
+    def _expected_points(self, steps: Sequence[Step]) -> list[Standing]:
+        """Points of the expected curve that these steps came to, beside this run."""
+        if self.expected is None:
+            return []
+        reached = [step.iteration for step in steps if step.iteration in self.expected.points]
+        return [point for step in reached if (point := self.expected.standing(self.losses, step))]
 
     def _report_likelihood(self) -> None:
         """The likelihood of the test clips, over all processes; nothing after a signal."""

@@ -1,0 +1,58 @@
+"""docs/experiments.md: the page whose tables and pictures are made from the runs' CSV."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.claims import Claim
+from experiments.floor import ORDERS, floor_result
+from experiments.runs import RESULTS, read_results
+from experiments.tables import PAGE, Results, claim_table, counts, plot, rewritten
+from harness import terminal
+from harness.files import written_whole
+
+
+def write_page(claims: Sequence[Claim], results: Path = RESULTS, page: Path = PAGE) -> None:
+    """Replace the generated sections, and draw a picture for each claim that has runs."""
+    found = read_results(results)
+    text = rewritten(page.read_text(encoding="utf-8"), sections(claims, found))
+    with written_whole(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    for claim, corpus, steps in _measured(claims, found):
+        path = page.parent / f"experiments-{claim.name}-{corpus}-{steps}.png"
+        plot(claim, found, corpus, steps, path)
+        terminal.say(f"{path}")
+    terminal.say(f"{page}")
+
+
+def sections(claims: Sequence[Claim], results: Results) -> dict[str, str]:
+    """Generated text of each section, by name."""
+    texts = {"floor": floor_table(results)}
+    for claim in claims:
+        parts = []
+        for _, corpus, steps in _measured([claim], results) or [(claim, "", claim.steps)]:
+            where = f" on `{corpus}`" if corpus else ""
+            picture = f"\n\n![{claim.name}](experiments-{claim.name}-{corpus}-{steps}.png)" if corpus else ""
+            table = claim_table(claim, results, corpus, steps)
+            parts.append(f"{steps} steps{where}:\n\n{table}{picture}")
+        texts[claim.name] = "\n\n".join(parts)
+    return texts
+
+
+def floor_table(results: Results) -> str:
+    """Linear prediction alone, by order and corpus."""
+    lines = ["| corpus | order | test LL | log-mel distance | STOI |", "|---|---|---|---|---|"]
+    for corpus in sorted({result.corpus for result in results.values()}):
+        for order in ORDERS:
+            if row := floor_result(results, corpus, order):
+                lines.append(f"| {corpus} | {order} | {row.test_ll:.3f} | {row.log_mel:.3f} | {row.stoi:.3f} |")
+    return "\n".join(lines)
+
+
+def _measured(claims: Sequence[Claim], results: Results) -> list[tuple[Claim, str, int]]:
+    """(claim, corpus, steps) of which there are runs."""
+    found = []
+    for claim in claims:
+        texts = {setting.text for setting in claim.settings}
+        for corpus in sorted({result.corpus for result in results.values() if result.settings in texts}):
+            found += [(claim, corpus, steps) for steps in counts(results, claim, corpus)]
+    return found
