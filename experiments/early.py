@@ -1,4 +1,4 @@
-"""What makes a model speak early: one change at a time to a nanoflow behind linear prediction, at equal steps."""
+"""Changes that may make a model speak early, one at a time, to a nanoflow behind linear prediction, at equal steps."""
 
 from experiments.claims import ORDER, Claim, change
 from experiments.runs import Setting

@@ -1,4 +1,4 @@
-"""What a run is judged by: likelihood of whole held-out clips, its speech, and its cost.
+"""Measures of a run: likelihood of whole held-out clips, its speech, and its cost.
 
 Speech is measured without mel matching, which would hide the model, and at the best of a few temperatures for each of
 the two measures, since the best differs from model to model.

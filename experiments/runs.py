@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is varied: overrides of the demo's config, a variant of the model, the schedule."""
+    """Change of the demo: overrides of the demo's config, a variant of the model, the schedule."""
 
     name: str
     overrides: tuple[str, ...] = ()

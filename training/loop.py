@@ -45,7 +45,7 @@ class VocoderLoop(Loop):
         self.samples_per_step = train.batch_size * trainer.config.data_config.segment_length
 
     def begin(self) -> None:
-        """What losses mean, and which are to be expected; the likelihood of fresh weights."""
+        """Meaning of losses, and those to be expected; the likelihood of fresh weights."""
         if self.trained.iteration == 0:
             if is_main():
                 terminal.say(NEGATIVE_IS_RIGHT if self.expected is None else f"{NEGATIVE_IS_RIGHT}; {self.expected}")
