@@ -102,6 +102,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     """
     coupling_type, transform = model.config.coupling_type, model.config.transform
     shown = lambda name: to_published(name, coupling_type, transform)  # noqa: E731
+    if coupling_type == "waveflow" and is_released(state_dict):
+        raise InputError(f"{source}: {RELEASED}; set waveflow_config.coupling_type to waveflow_official")
     checkpoints.load_strictly(model, _our_weights(state_dict), source, shown)
 
 
@@ -117,6 +119,15 @@ def load_fitting_weights(model: nn.Module, state_dict: Mapping[str, Tensor], sou
         terminal.warn(f"{source}: {len(other)} layers that take in the mel have other shapes and begin anew")
     kept = {name: own[name] if name.rpartition(".")[0] in other else value for name, value in weights.items()}
     load_weights(model, kept, source)
+
+
+RELEASED = "weights of the WaveFlow that its authors released (without proj_log_s_t.scale)"
+
+
+def is_released(state_dict: Mapping[str, Tensor]) -> bool:
+    """Recognise the weights of the WaveFlow that its authors released, in either layout: it scales no projection."""
+    names = {from_published(name) for name in state_dict}
+    return "transforms.1.conv.weight" in names and "transforms.0.scale" not in names and "gates.0" not in names
 
 
 def _our_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,6 +156,8 @@ class Checkpoint:
     learning_rate: float | None = None
     config: Mapping[str, Any] | None = None
     training_state: Any = field(default_factory=dict)
+    mel_statistics: Any = None  # of the training clips
+    facts: Mapping[str, str] = field(default_factory=dict)  # what a safetensors file tells of itself
     sources: Collection[Path] = ()  # files named or asked for, which pruning spares
 
 
@@ -158,6 +171,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = _content_of(*checkpoints.read_safetensors(path), path)
     else:
         content = read_torch_file(path, "expected a file in it, or -a N to average N of them")
+    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+        content = {"model": content}  # a bare state dict
     weights = _checked_weights(content, path)
     iteration = content.get("iteration", 0)
     if type(iteration) is not int or not 0 <= iteration < 2**31:
@@ -168,10 +183,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _content_of(weights: Mapping[str, Tensor], texts: Mapping[str, str], path: str | Path) -> dict[str, Any]:
     try:
-        facts = {key: json.loads(texts[key]) for key in ("config", "iteration") if key in texts}
+        facts = {key: json.loads(texts[key]) for key in ("config", "iteration", "mel_statistics") if key in texts}
     except (ValueError, RecursionError) as error:
         raise InputError(f"checkpoint {path}: its metadata is damaged ({error})") from None
-    return {"model": weights, **facts}
+    told = {key: text for key, text in texts.items() if key not in facts}
+    return {"model": weights, "facts": told, **facts}
 
 
 def _checked_weights(content: Any, path: str | Path) -> Mapping[str, Tensor]:
@@ -198,7 +214,7 @@ def _checked_average(average: Any, weights: Mapping[str, Tensor], path: str | Pa
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """`load_checkpoint` as a Checkpoint."""
     content = load_checkpoint(path)
-    known = ("optimizer", "scheduler", "learning_rate", "training_state")
+    known = ("optimizer", "scheduler", "learning_rate", "training_state", "mel_statistics", "facts")
     config = content.get("config")
     return Checkpoint(
         path=Path(path),
@@ -314,7 +330,7 @@ def _newest_first(paths: Sequence[Path]) -> list[Path]:
 
 def _entries(average: Checkpoint, newest_first: Sequence[Path]) -> dict[str, Any]:
     """What the file of an average holds besides weights that are its own."""
-    entries = {"learning_rate": average.learning_rate, "config": average.config}
+    entries = {name: getattr(average, name) for name in ("learning_rate", "config", "mel_statistics")}
     kept = {name: value for name, value in entries.items() if value is not None}
     averaged = [path.name for path in newest_first]
     return {"iteration": average.iteration, **kept, "model": average.weights, "averaged": averaged}
@@ -354,6 +370,7 @@ class Start:
     average: int | None = None  # from the average of the newest so many checkpoints
     epsilon: float | None = None  # their exponential weights
     warm: bool = False  # only weights are taken, from another mel too
+    given: Checkpoint | None = None  # from this one, which has been read
     must_write: bool = False  # the average is to be on disk; a job that only reads does without
 
 
@@ -363,6 +380,8 @@ def starting_point(config: Config, start: Start) -> Checkpoint | None:
     Each file is read once. Raises InputError.
     """
     path = config.train_config.checkpoint_path
+    if start.given is not None:
+        return _fitting(start.given, config)
     if start.resume and (newest := newest_whole(config)):
         return newest
     if start.average is not None:
@@ -412,3 +431,11 @@ def _average(config: Config, newest_first: Sequence[Path], start: Start) -> Chec
         place = ""
     terminal.say(f"average of {', '.join(path.name for path in newest_first)}{place}")
     return replace(average, name=target.name, sources=newest_first)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from jobs.files import main  # stands above this room, and only this command line needs it
+
+    sys.exit(main())

@@ -4,10 +4,11 @@ The only place that knows key names. Keys and defaults are those of the publishe
 those described as "added". `python config.py` prints the reference of all keys, docs/config.md.
 """
 
+import copy
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -175,6 +176,13 @@ class WaveFlowConfig(Settings):
     linear_prediction: int = _count(
         0, "added: order of linear prediction from the mel, the outermost flow; 0: none", maximum=512, minimum=0
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _released_name(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("coupling_type") == "waveflow_bipartize":  # of the released WaveFlow's configs only
+            return {**values, "coupling_type": "waveflow_official", "bipartize": True}
+        return values
 
     @model_validator(mode="after")
     def _relations(self) -> Self:
@@ -366,6 +374,14 @@ def _apply_override(sections: dict[str, Any], override: str) -> None:
     if not isinstance(sections.setdefault(section, {}), dict):
         raise InputError(f"--set {override}: {section} is not a section")
     sections[section][key] = value
+
+
+def config_with(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A checked Config of the sections with `section.key=value` overrides; the sections stay as they are."""
+    sections = copy.deepcopy(dict(sections))
+    for override in overrides:
+        _apply_override(sections, override)
+    return config_from_dict(sections)
 
 
 def reference_markdown() -> str:

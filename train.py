@@ -5,34 +5,33 @@ python train.py -c CONFIG --resume latest       go on with an interrupted run
 python train.py -c CONFIG --check_data          look at every clip before training
 python train.py -c CONFIG --evaluate            log-likelihood of the test clips
 python train.py -c CONFIG --synthesize          the test list to wav files
+python train.py --synthesize --weights nanoflow --input PATH... --output DIR
+                                                sounds, mels and folders, by weights that know their config
 python train.py -c CONFIG -a 20 [...]           the same from the average of the newest 20 checkpoints
 """
 
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import checkpoint as ckpt
-from audio import write_wav
 from checkpoint import Checkpoint, Start
 from config import REMEDIES, Config, load_config
 from corpora.check import inspect_corpus, report_text, write_report
 from data import (
     ClipDataset,
-    check_synthesis_entries,
     load_synthesis_entry,
-    output_names,
     overlap_warning,
     read_file_list,
     read_test_files,
     read_test_lists,
 )
-from evaluation.comparison import compare_with_recording
 from evaluation.likelihood import clip_likelihoods, summarise_lists, write_likelihoods
 from fast.engine import slow_precision_warning
 from harness import terminal
@@ -42,11 +41,14 @@ from harness.errors import InputError
 from harness.folder import locked_run, record_start
 from harness.processes import gather, held_by_main, is_main, on_main, process_group, report_error, share, world_size
 from harness.stopping import StopRequest, exit_status
+from jobs.synthesis import STDOUT, Request, synthesize_all
 from model import FlowVocoder, count_parameters
+from synthesis.mel_checks import MelReader, MelStatistics
+from synthesis.mel_presets import PRESETS
 from training.loop import train_until
 from training.precision import slow_half_warning
 from training.trainer import Trainer
-from vocoder import Clip, Sound, Vocoder, has_average, trained_model
+from vocoder import Finish, Vocoder, config_of, find_checkpoint, has_average, trained_model
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,6 @@ class Training:
     warm_start: bool  # take only the weights of the checkpoint
     max_iterations: int | None
     max_hours: float | None
-
-
-@dataclass(frozen=True)
-class Synthesis:
-    """Flags of a synthesis."""
-
-    temp: float  # standard deviation of the noise
-    precision: str | None  # of the products; None: that of the weights
-    batch_seconds: float | None  # of audio at once; None: as the device likes
-    match_mel: int  # passes of mel matching
 
 
 # --- the jobs ---------------------------------------------------------------------------------------------
@@ -108,7 +100,7 @@ def evaluate(config: Config, device: torch.device, start: Start) -> int:
     """Log-likelihood over the full test clips, per clip in a CSV and averaged."""
     lists = read_test_lists(config.data_config)
     clips = ClipDataset(share(list(itertools.chain(*lists.values()))), config.data_config)
-    model, name = _trained(config, device, start)
+    model, name, _ = _trained(config, device, start)
     results = gather(clip_likelihoods(model, clips, config.train_config.sigma, device))
     path = config.run_folder / "evaluation" / f"{name}.csv"
     on_main(lambda: write_likelihoods(path, results))
@@ -120,23 +112,14 @@ def evaluate(config: Config, device: torch.device, start: Start) -> int:
     return 0
 
 
-def synthesize(config: Config, device: torch.device, start: Start, how: Synthesis) -> int:
-    """Every entry of the test list (wav or mel) to a wav named after it, a few at once."""
-    files = read_test_files(config.data_config)
-    check_synthesis_entries(files, config.data_config)  # before the first wav is written
-    model, name = _trained(config, device, start)
+def synthesize(config: Config, device: torch.device, start: Start, how: Request) -> int:
+    """Every entry of the test list, or every input named (wav or mel), to a sound file named after it."""
+    entries = how.entries(config)  # checked before the first file is written
+    model, name, statistics = _trained(config, device, start)
     _warn(slow_precision_warning(how.precision, device))
-    vocoder = Vocoder(model, config.data_config, how.precision, name)
-    matched = f"_matched{how.match_mel}" if how.match_mel else ""
-    folder = config.run_folder / "synthesis" / f"{name}_temp{how.temp:g}{matched}"
-    samples, seconds = 0, 0.0
-    clips = _clips(vocoder, files, how.temp, config.train_config.seed)
-    for sounds in vocoder.synthesize(clips, how.batch_seconds, how.match_mel):
-        _write_batch(sounds, folder, vocoder)
-        samples += sum(len(sound.audio) for sound in sounds)
-        seconds += sum(sound.seconds for sound in sounds)
-    samples, seconds = map(sum, zip(*gather([(samples, seconds)]), strict=True))
-    terminal.say(f"{len(files)} clip(s): {_speed(samples, seconds, vocoder.sampling_rate)}\nwavs: {folder}")
+    reader = MelReader(config.data_config, how.mel_preset, MelStatistics.read(statistics), terminal.warn)
+    vocoder = Vocoder(model, config.data_config, how.precision, name, reader)
+    synthesize_all(vocoder, entries, how, config)
     return 0
 
 
@@ -159,8 +142,8 @@ def _begin_from(config: Config, start: Start, warm: bool) -> Checkpoint | None:
     return checkpoint
 
 
-def _trained(config: Config, device: torch.device, start: Start) -> tuple[FlowVocoder, str]:
-    """The model to evaluate or synthesize with, and the name of its checkpoint."""
+def _trained(config: Config, device: torch.device, start: Start) -> tuple[FlowVocoder, str, Any]:
+    """The model to evaluate or synthesize with, the name of its checkpoint, and the mel statistics that this knows."""
     checkpoint = on_main(lambda: ckpt.starting_point(config, start) or ckpt.newest_whole(config))
     if checkpoint is None:
         raise InputError(
@@ -169,7 +152,7 @@ def _trained(config: Config, device: torch.device, start: Start) -> tuple[FlowVo
     averaged = ", moving average" if has_average(checkpoint, config) else ""
     terminal.say(f"weights: {checkpoint.name}, iteration {checkpoint.iteration}{averaged}")
     torch.backends.cudnn.allow_tf32 = False  # likelihoods and audio as exact as on the CPU
-    return trained_model(checkpoint, config).to(device), checkpoint.name
+    return trained_model(checkpoint, config).to(device), checkpoint.name, checkpoint.mel_statistics
 
 
 # --- what they say and write ------------------------------------------------------------------------------
@@ -194,39 +177,6 @@ def _record_and_say(trainer: Trainer, last: int) -> None:
     )
 
 
-def _clips(vocoder: Vocoder, files: Sequence[str], temp: float, seed: int) -> Iterator[Clip]:
-    """Share of this process in the clips of a list; on the main process the first recording stays, for comparison."""
-    compared = is_main()
-    for place, (file, output) in share(list(enumerate(zip(files, output_names(files), strict=True)))):
-        clip = vocoder.read(file, temp, seed + place)  # with noise that does not depend on who does the others
-        yield replace(clip, output=output, recording=clip.recording if compared else None)
-        compared = compared and clip.recording is None
-
-
-def _write_batch(sounds: Sequence[Sound], folder: Path, vocoder: Vocoder) -> None:
-    """Wav and line of each sound; InputError names one that is not finite, after the others have been written."""
-    shared = f" (its share of a batch of {len(sounds)})" if len(sounds) > 1 else ""
-    for sound in filter(lambda sound: sound.is_finite, sounds):
-        write_wav(folder / sound.clip.output, sound.audio, vocoder.sampling_rate)
-        speed = _speed(len(sound.audio), sound.seconds, vocoder.sampling_rate)
-        terminal.say(f"{sound.clip.output}: {speed}{shared}")
-        if (recording := sound.clip.recording) is not None:
-            picture = (folder / sound.clip.output).with_suffix(".png")
-            distances = compare_with_recording(sound.audio, recording, vocoder.mel_spectrogram, picture)
-            shown = ", ".join(f"{distance:.3f} of the {name}" for name, distance in distances.items())
-            terminal.say(f"log-mel distance to the recording: {shown}; picture: {picture}")
-    for sound in sounds:
-        if not sound.is_finite:
-            raise InputError(f"{sound.clip.source}: the synthesis is not finite; train longer, or lower --temp")
-
-
-def _speed(samples: int, seconds: float, sampling_rate: int) -> str:
-    return (
-        f"{samples / sampling_rate:.2f} s of audio in {seconds:.2f} s, {samples / seconds / 1000:.1f} kHz, "
-        f"{samples / sampling_rate / seconds:.2f} x real time"
-    )
-
-
 # --- command line -----------------------------------------------------------------------------------------
 
 
@@ -234,10 +184,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The flags of the published train.py, and a few more."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, job = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add("-c", "--config", required=True, metavar="FILE", help="experiment file, see configs/")
+    add("-c", "--config", metavar="FILE", help="experiment file, see configs/; not needed with --weights")
+    add(
+        "--weights",
+        metavar="NAME_OR_PATH",
+        help="what to evaluate or synthesize with: a file, a run's folder, or a name",
+    )
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config value")
     job("-v", "--evaluate", action="store_true", help="log-likelihood of the full test clips")
-    job("-s", "--synthesize", action="store_true", help="synthesize every wav or mel of the test list")
+    job("-s", "--synthesize", action="store_true", help="synthesize every wav or mel of the test list, or each --input")
     job("--check_data", action="store_true", help="look for clips that would spoil the training, and do nothing else")
     add("-w", "--warm_start", action="store_true", help="take only the weights of the checkpoint, start at iteration 0")
     add("-a", "--average_checkpoint", type=whole_number(1), metavar="N", help="start from the average of the newest N")
@@ -250,21 +205,65 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="H",
         help="save and end after H hours; --resume goes on",
     )
-    add("-t", "--temp", type=number(0), default=1.0, help="standard deviation of the noise of synthesis, default 1")
+    add("--deterministic", action="store_true", help="the same results twice on the same machine, at some speed")
+    add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is any)")
+    _add_synthesis(parser.add_argument_group("with --synthesize").add_argument)
+    options = parser.parse_args(arguments)
+    _check_combination(parser, options)
+    options.temp = options.temp or [1.0]
+    return options
+
+
+SYNTHESIS_FLAGS = (
+    "input",
+    "output",
+    "mel_preset",
+    "format",
+    "seed",
+    "denoise",
+    "precision",
+    "batch_seconds",
+    "match_mel",
+)
+
+
+def _add_synthesis(add: Callable[..., object]) -> None:
+    add("--input", nargs="+", metavar="PATH", help="sounds of any format and rate, mels (.npy, .pt), folders of both")
+    add("--output", metavar="DIR", help="folder of the sounds, default one of the run; -: one sound to stdout")
+    add("--mel_preset", choices=list(PRESETS), metavar="NAME", help="front end of the mels: " + ", ".join(PRESETS))
+    add("--format", choices=["wav", "flac"], help="of the sounds, 16 bits; default wav")
+    noise = "standard deviation of the noise of synthesis, default 1; several make a folder each"
+    add("-t", "--temp", type=number(0), nargs="+", action="extend", metavar="T", help=noise)
+    add(
+        "--seed",
+        type=whole_number(0),
+        metavar="N",
+        help="of the first clip's noise, the next has N + 1; default: config",
+    )
+    add("--denoise", type=number(0), metavar="STRENGTH", help="take off so much of what the model makes of silence")
     add("--precision", choices=["float32", "bfloat16", "float16"], help="of the products of synthesis, default float32")
     add("--batch_seconds", type=number(0), metavar="S", help="audio synthesized at once; 0: a clip at a time")
     add("--match_mel", type=whole_number(0), metavar="N", help="filter each synthesis N times towards its mel")
-    add("--deterministic", action="store_true", help="the same results twice on the same machine, at some speed")
-    add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is any)")
-    options = parser.parse_args(arguments)
+
+
+def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    starts = [options.resume, options.average_checkpoint, options.warm_start or None, options.weights]
     if options.resume and (options.average_checkpoint is not None or options.warm_start):
         parser.error("--resume, --average_checkpoint and --warm_start all say where to start; give one")
-    for flag in ("precision", "batch_seconds", "match_mel"):
+    if options.weights and not (options.evaluate or options.synthesize):
+        parser.error(
+            "--weights names what to --evaluate or --synthesize with; training starts from "
+            "--set train_config.checkpoint_path=FILE"
+        )
+    if options.weights and len([start for start in starts if start is not None]) > 1:
+        parser.error("--weights says which checkpoint; leave out --resume, --average_checkpoint and --warm_start")
+    if not (options.config or options.weights):
+        parser.error("the following arguments are required: -c/--config, or --weights with a trained model")
+    for flag in SYNTHESIS_FLAGS:
         if getattr(options, flag) is not None and not options.synthesize:
             parser.error(f"--{flag} is that of synthesis; give --synthesize with it")
     if options.epsilon is not None and options.average_checkpoint is None:
         parser.error("--epsilon weights an average; give -a N with it")
-    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -274,22 +273,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.set)
+    config, given = _config(options)
     if options.deterministic:
         make_deterministic()
     device = choose_device(options.device)
     place, meet = config.dist_config, "--set dist_config.dist_url=env:// leaves the place to torchrun"
-    with process_group(device, place.dist_backend, place.dist_url, meet=meet, resume=REMEDIES.resume):
-        return _job(options, config, device)
+    group = process_group(device, place.dist_backend, place.dist_url, meet=meet, resume=REMEDIES.resume)
+    # Where the sound goes to stdout, words do not.
+    with group, redirect_stdout(sys.stderr) if options.output == STDOUT else nullcontext():
+        return _job(options, config, device, given)
 
 
-def _job(options: argparse.Namespace, config: Config, device: torch.device) -> int:
+def _config(options: argparse.Namespace) -> tuple[Config, Checkpoint | None]:
+    """The experiment, and the checkpoint of --weights, which knows its own."""
+    config = load_config(options.config, options.set) if options.config else None
+    if options.weights is None:
+        return config, None
+    checkpoint = find_checkpoint(options.weights, terminal.warn)
+    return config_of(checkpoint, config, options.set), checkpoint
+
+
+def _job(options: argparse.Namespace, config: Config, device: torch.device, given: Checkpoint | None) -> int:
     trains = not (options.evaluate or options.synthesize)
     start = Start(
         resume=options.resume == "latest",
         average=options.average_checkpoint,
         warm=options.warm_start,
         epsilon=options.epsilon,
+        given=given,
         must_write=trains,
     )
     if options.check_data:
@@ -297,9 +308,22 @@ def _job(options: argparse.Namespace, config: Config, device: torch.device) -> i
     if options.evaluate:
         return evaluate(config, device, start)
     if options.synthesize:
-        how = Synthesis(options.temp, options.precision, options.batch_seconds, options.match_mel or 0)
-        return synthesize(config, device, start, how)
+        return synthesize(config, device, start, _request(options))
     return train(config, device, start, Training(options.warm_start, options.max_iterations, options.max_hours))
+
+
+def _request(options: argparse.Namespace) -> Request:
+    return Request(
+        inputs=options.input or (),
+        output=options.output,
+        format=options.format or "wav",
+        temps=options.temp,
+        seed=options.seed,
+        mel_preset=options.mel_preset,
+        precision=options.precision,
+        batch_seconds=options.batch_seconds,
+        finish=Finish(options.match_mel or 0, options.denoise or 0.0),
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Among several processes each does its share of every step; the main one writes.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from harness.errors import InputError
 from harness.processes import mean, rank, world_size
 from model import FlowVocoder, build_model
 from modules import FlowLoss
+from synthesis.mel_checks import MelStatistics
+from training.mel_statistics import training_mel_statistics
 from training.optimisation import MovingAverage, make_schedule, schedule_state, scheduled_steps
 from training.precision import make_precision
 
@@ -66,7 +69,14 @@ class Trainer:
         self.parallel = data_parallel(self.model, device)
         self.parts = self._parts_of_a_batch()
         self.loader = make_train_loader(config, self.iteration, rank(), world_size())
+        self.mel_statistics = self._mel_statistics(None if warm else start)
         self.bad_steps = BadSteps(train.max_bad_steps, self._files_of, REMEDIES.bad_steps, bad_before)
+
+    def _mel_statistics(self, start: ckpt.Checkpoint | None) -> dict[str, Any] | None:
+        """Statistics of the training mels: of a run that goes on, its own."""
+        known = None if start is None else MelStatistics.read(start.mel_statistics)
+        known = known or training_mel_statistics(self.config)
+        return None if known is None else known.to_dict()
 
     def _parts_of_a_batch(self) -> int:
         train = self.config.train_config
@@ -156,6 +166,7 @@ class Trainer:
             scheduler=schedule_state(self.schedule, self.config.train_config),
             learning_rate=self.learning_rate,
             config=self.config.to_dict(),
+            mel_statistics=self.mel_statistics,
             training_state={
                 "precision": self.precision.state_dict(),
                 "bad_steps": self.bad_steps.in_a_row,

@@ -1,0 +1,216 @@
+"""The command line of checkpoint.py: what a file holds, the same weights in another format, a card for them."""
+
+import argparse
+import csv
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+import checkpoint as ckpt
+from checkpoint import Checkpoint
+from config import Config, load_config
+from harness import terminal
+from harness.errors import InputError
+from harness.files import written_whole
+from harness.safetensors_files import SUFFIX
+from harness.stopping import exit_status
+from model import FlowVocoder, count_parameters
+from synthesis.denoiser import silent_mel
+from synthesis.mel_checks import MelStatistics
+from training.optimisation import make_schedule, schedule_state
+from vocoder import Vocoder, config_of, find_checkpoint, trained_model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python checkpoint.py info | convert`; returns the exit status."""
+    options = parser().parse_args(arguments)
+    return exit_status(lambda: options.run(options))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of both commands."""
+    whole = argparse.ArgumentParser(prog="checkpoint.py", description=__doc__.splitlines()[0])
+    commands = whole.add_subparsers(required=True, metavar="command")
+    info = commands.add_parser("info", help="what a file holds, in a few lines")
+    convert = commands.add_parser("convert", help="the same weights in another format")
+    for command in (info, convert):
+        command.add_argument("file", metavar="FILE", help="a checkpoint, a run's folder, or a name, as --weights takes")
+        command.add_argument("-c", "--config", metavar="FILE", help="experiment file, for weights that know none")
+    info.set_defaults(run=_info)
+    convert.add_argument("out", metavar="OUT", help=f"*{SUFFIX}, or else a torch file of the published layout")
+    convert.add_argument("--card", action="store_true", help="write a model card beside OUT, as Markdown")
+    convert.add_argument("--data", default="", metavar="TEXT", help="what the weights were trained on")
+    convert.add_argument("--licence", default="", metavar="TEXT", help="of the weights")
+    convert.set_defaults(run=_convert)
+    return whole
+
+
+# --- info -------------------------------------------------------------------------------------------------
+
+
+def _info(options: argparse.Namespace) -> None:
+    checkpoint = find_checkpoint(options.file, terminal.warn)
+    for name, value in facts_of(checkpoint, _config(checkpoint, options.config)).items():
+        terminal.say(f"{name + ':':16} {value}")
+
+
+def facts_of(checkpoint: Checkpoint, config: Config | None) -> dict[str, str]:
+    """Lines about a file, by name."""
+    kinds = sorted({str(value.dtype).removeprefix("torch.") for value in checkpoint.weights.values()})
+    held = {"optimizer": checkpoint.optimizer, "schedule": checkpoint.scheduler, "moving average": checkpoint.average}
+    facts = {
+        "file": f"{checkpoint.path}, {os.path.getsize(checkpoint.path):,} bytes",
+        "iteration": f"{checkpoint.iteration:,}",
+        "weights": f"{sum(value.numel() for value in checkpoint.weights.values()):,} numbers, {', '.join(kinds)}",
+        "also holds": ", ".join(name for name, entry in held.items() if entry is not None) or "nothing",
+    }
+    if config is None:
+        facts["config"] = "none: give -c with every use of it, or convert it with one"
+    else:
+        data = config.data_config
+        facts["model"] = _described(config)
+        facts["mel"] = (
+            f"{data.n_mel_channels} bands, {data.mel_fmin:g} to {data.mel_fmax:g} Hz, hop {data.hop_length}, "
+            f"{data.sampling_rate} Hz{', decibels' if data.use_dbmel else ', natural log'}"
+        )
+    if (known := MelStatistics.read(checkpoint.mel_statistics)) is not None:
+        facts["training mels"] = (
+            f"mean {known.mean:.3f}, deviation {known.std:.3f}, {known.low:.2f} to {known.high:.2f}"
+        )
+    return {**facts, **checkpoint.facts}
+
+
+def _described(config: Config) -> str:
+    kind = config.waveflow_config
+    return (
+        f"{kind.coupling_type}{', bipartite' if kind.bipartize else ''}, {kind.n_flow} flows, height {kind.n_height}, "
+        f"{kind.n_layer} layers of {kind.res_channels} channels, {kind.transform}"
+        + (f", linear prediction of order {kind.linear_prediction}" if kind.linear_prediction else "")
+    )
+
+
+def _config(checkpoint: Checkpoint, path: str | None) -> Config | None:
+    """The config given, or the file's own; None where it knows none."""
+    known = checkpoint.config is not None or (checkpoint.path.parent / "config.json").is_file()
+    return config_of(checkpoint, load_config(path) if path else None) if known or path else None
+
+
+# --- convert ----------------------------------------------------------------------------------------------
+
+
+def _convert(options: argparse.Namespace) -> None:
+    checkpoint, out = find_checkpoint(options.file, terminal.warn), Path(options.out)
+    config = _config(checkpoint, options.config)
+    if config is None:
+        raise InputError(f"{options.file}: does not know its config; give it with -c, see configs/")
+    if out.exists():
+        raise InputError(f"{out}: exists; choose another name, or remove it")
+    model = trained_model(checkpoint, config)
+    given = {"data": options.data, "license": options.licence}
+    facts = {**checkpoint.facts, **{name: text for name, text in given.items() if text}}
+    if (known := MelStatistics.read(checkpoint.mel_statistics)) is not None:
+        facts["mel_statistics"] = json.dumps(known.to_dict())
+    if out.suffix == SUFFIX:
+        ckpt.export_weights(out, model, config, checkpoint.iteration, facts)
+    else:
+        _save_published(out, model, config, checkpoint)
+    terminal.say(f"{out}: {os.path.getsize(out):,} bytes")
+    if options.card:
+        card = out.with_name(out.name.removesuffix(SUFFIX) + ".md")
+        with written_whole(card) as temporary:
+            temporary.write_text(model_card(checkpoint, config, model, facts), encoding="utf-8")
+        terminal.say(f"model card: {card}")
+
+
+def _save_published(out: Path, model: FlowVocoder, config: Config, checkpoint: Checkpoint) -> None:
+    """A file that the published code takes up: its five entries, and our config.
+
+    The optimizer has no moments: that code numbers its parameters in another order, and would take each for another's.
+    """
+    train = config.train_config
+    optimizer = torch.optim.Adam(model.parameters(), lr=train.learning_rate)
+    schedule = make_schedule(optimizer, train, checkpoint.iteration)
+    ckpt.save_checkpoint(
+        out,
+        model,
+        iteration=checkpoint.iteration,
+        learning_rate=optimizer.param_groups[0]["lr"],
+        optimizer=optimizer.state_dict(),
+        scheduler=schedule_state(schedule, train),
+        config=config.to_dict(),
+        mel_statistics=checkpoint.mel_statistics,
+    )
+
+
+# --- the card ---------------------------------------------------------------------------------------------
+
+_CARD = """# {name}
+
+{model}.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from vocoder import Vocoder
+
+vocoder = Vocoder.from_pretrained("{file}")
+audio = vocoder(mel)  # mel [{bands}, frames] -> audio [{hop} (frames - 1)] at {rate} Hz
+```
+
+Mel: natural log of Slaney mel magnitudes, floor 1e-5, {bands} bands from {fmin:g} to {fmax:g} Hz, window {window}
+and hop {hop} at {rate} Hz{decibels}.
+"""
+
+
+def model_card(checkpoint: Checkpoint, config: Config, model: FlowVocoder, facts: Mapping[str, str]) -> str:
+    """Markdown about trained weights; what is not known is said to be."""
+    data = config.data_config
+    rows = {
+        "training data": facts.get("data", "not stated"),
+        "licence of the weights": facts.get("license", "not stated"),
+        "training steps": f"{checkpoint.iteration:,}",
+        "log-likelihood": facts.get("likelihood") or _likelihood(checkpoint, config),
+        "parameters": f"{count_parameters(model):,} ({count_parameters(model, synthesis=True):,} for synthesis)",
+        "speed": _speed(model, config),
+    }
+    return _CARD.format(
+        name=config.waveflow_config.model_name,
+        model=_described(config),
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        file=checkpoint.path.name,
+        bands=data.n_mel_channels,
+        hop=data.hop_length,
+        rate=data.sampling_rate,
+        fmin=data.mel_fmin,
+        fmax=data.mel_fmax,
+        window=data.win_length,
+        decibels=", as decibels mapped to [0, 1]" if data.use_dbmel else "",
+    )
+
+
+def _likelihood(checkpoint: Checkpoint, config: Config) -> str:
+    """The mean that --evaluate left in the run's folder."""
+    path = checkpoint.path.parent / "evaluation" / f"{checkpoint.name}.csv"
+    if not path.is_file():
+        return "not evaluated"
+    with open(path, newline="", encoding="utf-8") as file:
+        values = [float(row["log_likelihood"]) for row in csv.DictReader(file)]
+    return f"{sum(values) / len(values):.4f} nats/sample (mean over {len(values)} test clips)"
+
+
+def _speed(model: FlowVocoder, config: Config) -> str:
+    """The speed of synthesizing a second on this machine's CPU."""
+    data = config.data_config
+    vocoder = Vocoder(model, data)
+    frames = data.sampling_rate // data.hop_length + 1
+    clip = vocoder.clip("a second", silent_mel(data, frames), temp=1.0, seed=0)
+    began = time.perf_counter()
+    samples = sum(len(sound.audio) for batch in vocoder.synthesize([clip]) for sound in batch)
+    seconds = time.perf_counter() - began
+    return f"{samples / data.sampling_rate / seconds:.2f} x real time, on {torch.get_num_threads()} CPU thread(s)"
