@@ -171,8 +171,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = _content_of(*checkpoints.read_safetensors(path), path)
     else:
         content = read_torch_file(path, "expected a file in it, or -a N to average N of them")
-    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
-        content = {"model": content}  # a bare state dict
+    if _is_bare(content):
+        content = {"model": content}
     weights = _checked_weights(content, path)
     iteration = content.get("iteration", 0)
     if type(iteration) is not int or not 0 <= iteration < 2**31:
@@ -188,6 +188,12 @@ def _content_of(weights: Mapping[str, Tensor], texts: Mapping[str, str], path: s
         raise InputError(f"checkpoint {path}: its metadata is damaged ({error})") from None
     told = {key: text for key, text in texts.items() if key not in facts}
     return {"model": weights, "facts": told, **facts}
+
+
+def _is_bare(content: Any) -> bool:
+    """Recognise the weights of a vocoder without anything around them."""
+    bare = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+    return bare and any(isinstance(name, str) and from_published(name).startswith("upsampler.") for name in content)
 
 
 def _checked_weights(content: Any, path: str | Path) -> Mapping[str, Tensor]:
