@@ -14,6 +14,7 @@ from config import DataConfig
 from synthesis.mel_presets import convert_mel, find_preset
 
 SILENCE = 0.5  # nats above the floor, or less: nothing to judge
+BEYOND = 1e9  # any scale: what comes of such numbers is not finite, and then refused
 FEW = 20  # frames, of which a mean says little
 MARGIN = 0.05  # of rounding, say in half precision
 
@@ -56,7 +57,7 @@ def mel_warning(mel: Tensor, data: DataConfig, known: MelStatistics | None) -> s
     """One line about a mel [M, F] that this vocoder's front end cannot or hardly have made, or None."""
     low, high, mean, _ = _summary(mel)
     found = _of_decibels(low, high) if data.use_dbmel else _of_logarithms(mel, data, known or SPEECH)
-    if found is None:
+    if found is None or max(-low, high) > BEYOND:
         return None
     cause, preset = found
     remedy = f"give mel_preset {preset}" if preset else "make it by this vocoder's settings (python data.py mel)"

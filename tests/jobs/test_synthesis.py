@@ -11,7 +11,6 @@ import torch
 
 from audio import read_wav
 from config import load_config
-from harness.torch_files import load_tensors
 from tests.support.experiments import RATE, ROOT, fails, run, write_config, write_corpus
 from vocoder import Vocoder
 
@@ -87,7 +86,7 @@ def test_denoising_takes_off_what_silence_sounds_like(folder, tmp_path):
     assert less[middle].square().mean() < 0.02 * plain[middle].square().mean()
     np.save(tmp_path / "mel.npy", silence.numpy())
     assert run("--synthesize", "--weights", folder, "--input", tmp_path, "--output", tmp_path, "--denoise", 1) == 0
-    speech = torch.full((80, 20), -2.0)
+    speech = torch.full((80, 20), -5.0)
     torch.testing.assert_close(vocoder(speech, seed=0, denoise=1e-6), vocoder(speech, seed=0), atol=1e-3, rtol=0)
 
 
@@ -136,6 +135,5 @@ def test_flags_that_do_not_go_together_are_refused(arguments, complaint, capsys)
 
 def test_published_weights_need_a_config(sounds, capsys):
     published = ROOT / "tests" / "golden" / "checkpoints_nanoflow" / "waveflow_60"
-    assert load_tensors(published)["iteration"] == 60
     message = fails(capsys, "--synthesize", "--weights", published, "--input", sounds / "mel.npy", "--output", "-")
     assert "does not know its config" in message
