@@ -317,6 +317,18 @@ def read_mel(path: str | Path, n_mel_channels: int) -> Tensor:
     return check_mel(mel, path, n_mel_channels)
 
 
+def mel_frames(path: str | Path, n_mel_channels: int) -> int:
+    """Frames of a saved mel; of an .npy that is [n_mel_channels, F], by its header alone."""
+    if Path(path).suffix.lower() == ".npy" and os.path.isfile(path):
+        try:
+            shape = np.lib.format.open_memmap(path, mode="r").shape
+            if len(shape) == 2 and shape[0] == n_mel_channels:
+                return shape[1]
+        except (ValueError, OSError):
+            pass  # to be named by what follows
+    return read_mel(path, n_mel_channels).size(1)
+
+
 def _mel_advice(path: str | Path) -> str:
     with open(path, "rb") as file:
         beginning = file.read(6)

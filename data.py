@@ -6,18 +6,30 @@ workers nor on where a run was resumed.
 
 import argparse
 import itertools
+import math
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from audio import MelSpectrogram, is_mel_file, read_mel, read_wav, rescale, shortest_audio, wav_length, write_mel
+from audio import (
+    LOG_FLOOR,
+    MelSpectrogram,
+    is_mel_file,
+    mel_frames,
+    read_mel,
+    read_wav,
+    rescale,
+    shortest_audio,
+    wav_length,
+    write_mel,
+)
 from config import REMEDIES, Config, DataConfig, load_config
 from harness import terminal
 from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
@@ -43,9 +55,33 @@ def read_test_lists(data_config: DataConfig) -> dict[str, list[str]]:
     return {name: read_file_list(path) for name, path in zip(names, paths, strict=True)}
 
 
+def read_paired_mels(lists: Sequence[str | Path]) -> dict[str, str]:
+    """The mel of each recording of lists that name one for each, as an acoustic model predicted it; else nothing.
+
+    InputError where a list has a mel for some only.
+    """
+    mels: dict[str, str] = {}
+    for path in lists:
+        entries = read_entries(path)
+        without = [entry.audio for entry in entries if not entry.mel]
+        if without and len(without) < len(entries):
+            raise InputError(
+                f"file list {path}: {len(without)} of {len(entries)} lines name no mel ({without[0]}, ...); "
+                "give every line one, or none"
+            )
+        mels |= {entry.audio: entry.mel for entry in entries if entry.mel}
+    return mels
+
+
 def read_test_files(data_config: DataConfig) -> list[str]:
     """The entries of all test lists, one after the other."""
     return list(itertools.chain(*read_test_lists(data_config).values()))
+
+
+def read_synthesis_files(data_config: DataConfig) -> list[str]:
+    """Files of the test lists to synthesize from: the mels that they name, or else the recordings."""
+    mels = read_paired_mels(data_config.test_lists)
+    return [mels.get(path, path) for path in read_test_files(data_config)]
 
 
 def overlap_warning(training_files: Sequence[str], test_files: Sequence[str]) -> str | None:
@@ -93,10 +129,14 @@ class CropDataset(Dataset):
     `mel_source` "crop" (published): the mel of the crop by itself, so its edge frames see reflected samples.
     "clip": the crop starts on a frame and its mel is cut from the whole clip's. Only the samples that those frames
     see are read, the crop and half a filter on each side: the result is the same.
+
+    Recordings in `mels` have a mel that somebody else made, from which crops are cut on whole frames too.
     """
 
-    def __init__(self, files: Sequence[str], data_config: DataConfig, seed: int) -> None:
-        self.files, self.config, self.seed = list(files), data_config, seed
+    def __init__(
+        self, files: Sequence[str], data_config: DataConfig, seed: int, mels: Mapping[str, str] | None = None
+    ) -> None:
+        self.files, self.config, self.seed, self.mels = list(files), data_config, seed, mels or {}
         self.mel = MelSpectrogram(data_config)
         if data_config.segment_length < shortest_audio(data_config):
             raise InputError(
@@ -104,6 +144,7 @@ class CropDataset(Dataset):
                 f"{data_config.filter_length}; at least {shortest_audio(data_config)} samples are needed"
             )
         self.lengths = [wav_length(path, data_config.sampling_rate) for path in self.files]
+        self.trimmed = _check_pairs(dict(zip(self.files, self.lengths, strict=True)), self.mels, data_config)
         self._peaks: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -112,6 +153,8 @@ class CropDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
         segment, hop = self.config.segment_length, self.config.hop_length
+        if self.files[index] in self.mels:
+            return self._with_given_mel(epoch, index)
         aligned = self.config.mel_source == "clip"
         step = hop if aligned else 1
         context = -(-(self.config.filter_length // 2) // hop) * hop if aligned else 0  # whole frames
@@ -125,6 +168,15 @@ class CropDataset(Dataset):
         first = before // hop
         mel = self.mel(stretch)[:, first : first + segment // hop + 1]
         return stretch[before : before + segment], mel
+
+    def _with_given_mel(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        segment, hop, path = self.config.segment_length, self.config.hop_length, self.files[index]
+        mel = _given_mel(path, self.mels[path], self.lengths[index], self.config)
+        room = max(0, hop * (mel.size(1) - 1) - segment) // hop
+        frame = int(random_stream(_CROP, self.seed, epoch, index).integers(room + 1))
+        audio = self._read(index, hop * frame, min(hop * frame + segment, self.lengths[index]))
+        frames = segment // hop + 1
+        return F.pad(audio, (0, segment - len(audio))), _of_length(mel[:, frame : frame + frames], frames, self.config)
 
     def _read(self, index: int, start: int, stop: int) -> Tensor:
         path, rate = self.files[index], self.config.sampling_rate
@@ -143,13 +195,20 @@ class ClipDataset(Dataset):
     zeros (what the published code evaluates during training).
     """
 
-    def __init__(self, files: Sequence[str], data_config: DataConfig, max_length: int | None = None) -> None:
-        self.files, self.config, self.max_length = list(files), data_config, max_length
+    def __init__(
+        self,
+        files: Sequence[str],
+        data_config: DataConfig,
+        max_length: int | None = None,
+        mels: Mapping[str, str] | None = None,
+    ) -> None:
+        self.files, self.config, self.max_length, self.mels = list(files), data_config, max_length, mels or {}
         self.mel = MelSpectrogram(data_config)
-        for path in self.files:
-            length = wav_length(path, data_config.sampling_rate)
-            if max_length is None:
+        lengths = {path: wav_length(path, data_config.sampling_rate) for path in self.files}
+        if max_length is None:
+            for path, length in lengths.items():
                 _whole_frames(length, path, data_config)
+        _check_pairs(lengths, self.mels, data_config)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -161,13 +220,44 @@ class ClipDataset(Dataset):
         else:
             audio = _read_rescaled(path, self.config, self.max_length)
             audio = F.pad(audio, (0, self.max_length - len(audio)))
-        return path, audio, self.mel(audio)
+        if path not in self.mels:
+            return path, audio, self.mel(audio)
+        mel = _given_mel(path, self.mels[path], wav_length(path, self.config.sampling_rate), self.config)
+        hop = self.config.hop_length
+        if self.max_length is None:
+            audio = audio[: hop * (mel.size(1) - 1)]
+        return path, audio, _of_length(mel, len(audio) // hop + 1, self.config)
 
 
 def read_clip(path: str, data_config: DataConfig) -> Tensor:
     """A whole clip [T], rescaled if the config says so, cut to a multiple of the hop."""
     audio = _read_rescaled(path, data_config)
     return audio[: _whole_frames(len(audio), path, data_config)]
+
+
+def _check_pairs(lengths: Mapping[str, int], mels: Mapping[str, str], config: DataConfig) -> int:
+    """InputError where a mel's length is not its recording's to a frame; else how many are a frame off."""
+    different = 0
+    for path, samples in lengths.items():
+        if path in mels:
+            frames, expected = mel_frames(mels[path], config.n_mel_channels), samples // config.hop_length + 1
+            if abs(frames - expected) > 1:
+                raise InputError(
+                    f"{mels[path]}: {frames} frames, {expected} expected for the {samples} samples of {path} at hop "
+                    f"{config.hop_length}; make it again with the config's settings"
+                )
+            different += frames != expected
+    return different
+
+
+def _given_mel(path: str, mel: str, samples: int, config: DataConfig) -> Tensor:
+    return read_mel(mel, config.n_mel_channels)[:, : samples // config.hop_length + 1]
+
+
+def _of_length(mel: Tensor, frames: int, config: DataConfig) -> Tensor:
+    """The first so many frames of a mel [M, F], silence behind its last."""
+    silence = 0.0 if config.use_dbmel else math.log(LOG_FLOOR)
+    return F.pad(mel[:, :frames], (0, max(0, frames - mel.size(1))), value=silence)
 
 
 def load_synthesis_entry(path: str, data_config: DataConfig, mel_fn: MelSpectrogram) -> tuple[Tensor, Tensor | None]:
@@ -217,7 +307,9 @@ def make_train_loader(config: Config, start_batch: int = 0, rank: int = 0, world
     The same batches whatever the number of workers.
     """
     train = config.train_config
-    dataset = CropDataset(read_file_list(config.data_config.training_files), config.data_config, train.seed)
+    data = config.data_config
+    mels = read_paired_mels([data.training_files])
+    dataset = CropDataset(read_file_list(data.training_files), data, train.seed, mels)
     check_batch_size(train.batch_size, len(dataset), world_size, "train_config.batch_size", "training clips")
     batches = ShuffledBatches(len(dataset), train.batch_size, train.seed, start_batch, rank, world_size)
     return BatchLoader(dataset, train.num_workers, REMEDIES.worker_died, train.seed, batch_sampler=batches)

@@ -29,6 +29,7 @@ from data import (
     load_synthesis_entry,
     overlap_warning,
     read_file_list,
+    read_paired_mels,
     read_test_files,
     read_test_lists,
 )
@@ -73,7 +74,10 @@ def train(config: Config, device: torch.device, start: Start, how: Training) -> 
         last = min(last, how.max_iterations or last)
         test_files = read_test_files(config.data_config)
         _warn(overlap_warning(trainer.loader.dataset.files, test_files), slow_half_warning(config.train_config, device))
-        test_clips = ClipDataset(share(test_files), config.data_config, max_length=config.data_config.segment_length)
+        mels, segment = read_paired_mels(config.data_config.test_lists), config.data_config.segment_length
+        test_clips = ClipDataset(share(test_files), config.data_config, max_length=segment, mels=mels)
+        if trimmed := trainer.loader.dataset.trimmed:
+            terminal.say(f"{trimmed} mels are a frame longer or shorter than their clips; that frame is left out")
         if trainer.iteration >= last:
             terminal.say(
                 f"already at iteration {trainer.iteration}; there is nothing to train up to iteration {last} "
@@ -99,7 +103,8 @@ def check_data(config: Config) -> int:
 def evaluate(config: Config, device: torch.device, start: Start) -> int:
     """Log-likelihood over the full test clips, per clip in a CSV and averaged."""
     lists = read_test_lists(config.data_config)
-    clips = ClipDataset(share(list(itertools.chain(*lists.values()))), config.data_config)
+    mels = read_paired_mels(config.data_config.test_lists)
+    clips = ClipDataset(share(list(itertools.chain(*lists.values()))), config.data_config, mels=mels)
     model, name, _ = _trained(config, device, start)
     results = gather(clip_likelihoods(model, clips, config.train_config.sigma, device))
     path = config.run_folder / "evaluation" / f"{name}.csv"

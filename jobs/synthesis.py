@@ -11,7 +11,7 @@ from torch import Tensor
 
 from audio import INT16_SCALE, is_mel_file, shortest_audio, write_wav
 from config import Config
-from data import check_synthesis_entries, output_names, read_test_files
+from data import check_synthesis_entries, output_names, read_synthesis_files
 from evaluation.comparison import compare_with_recording
 from harness import terminal
 from harness.errors import InputError
@@ -40,7 +40,7 @@ class Request:
     def entries(self, config: Config) -> list[str]:
         """Every file to synthesize from; InputError, naming it, where one is not fit for that."""
         if not self.inputs:
-            entries = read_test_files(config.data_config)
+            entries = read_synthesis_files(config.data_config)
             check_synthesis_entries(entries, config.data_config)
         else:
             entries = find_inputs(self.inputs)
