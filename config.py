@@ -50,7 +50,7 @@ def _above_zero(default: float, description: str) -> Any:
 class TrainConfig(Settings):
     """`train_config`: the optimisation and where its files go."""
 
-    fp16_run: Switch = _plain(False, "half precision: float16 with loss scaling on CUDA, bfloat16 on the CPU")
+    fp16_run: Switch = _plain(False, "half precision, of `amp_backend` and `amp_dtype`")
     output_directory: str = _plain("experiments", "runs go to `<output_directory>/<model_name>`")
     epochs: int = _count(100_000, "passes over the training clips")
     learning_rate: float = _above_zero(1e-3, "of Adam")
@@ -65,6 +65,9 @@ class TrainConfig(Settings):
     max_grad_norm: float = _above_zero(5.0, "added (5 in the published loop): gradients are scaled down to this norm")
     amp_backend: Literal["torch", "apex"] = _plain(
         "torch", "added: who computes `fp16_run`; `apex` is NVIDIA Apex, level O1, where a version with `amp` is there"
+    )
+    amp_dtype: Literal["auto", "float16", "bfloat16"] = _plain(
+        "auto", "added: half precision of `torch`; auto: bfloat16, or float16 with loss scaling on a GPU without it"
     )
     num_workers: int = _count(2, "added: data loading processes; batches do not depend on it", 2**8, minimum=0)
     keep_checkpoints: int = _count(0, "added: how many checkpoints stay, the newest; 0, as published: all", minimum=0)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -301,10 +302,12 @@ def _whole_frames(length: int, path: str, config: DataConfig) -> int:
 # --- batches --------------------------------------------------------------------------------------------------
 
 
-def make_train_loader(config: Config, start_batch: int = 0, rank: int = 0, world_size: int = 1) -> BatchLoader:
+def make_train_loader(
+    config: Config, start_batch: int = 0, rank: int = 0, world_size: int = 1, device: torch.device | None = None
+) -> BatchLoader:
     """Endless training batches (audio [B, T], mel [B, 80, F]) from global batch number `start_batch` on.
 
-    The same batches whatever the number of workers.
+    The same batches whatever the number of workers. device: where they go.
     """
     train = config.train_config
     data = config.data_config
@@ -312,7 +315,7 @@ def make_train_loader(config: Config, start_batch: int = 0, rank: int = 0, world
     dataset = CropDataset(read_file_list(data.training_files), data, train.seed, mels)
     check_batch_size(train.batch_size, len(dataset), world_size, "train_config.batch_size", "training clips")
     batches = ShuffledBatches(len(dataset), train.batch_size, train.seed, start_batch, rank, world_size)
-    return BatchLoader(dataset, train.num_workers, REMEDIES.worker_died, train.seed, batch_sampler=batches)
+    return BatchLoader(dataset, train.num_workers, REMEDIES.worker_died, train.seed, device, batch_sampler=batches)
 
 
 def first_batch(config: Config) -> list[Tensor]:

@@ -87,6 +87,10 @@ class FlowVocoder(nn.Module):
 
     def forward(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
         """The change of variables of WaveFlow, eq. 2: z [B, 1, h, T/h] and log|det dz/dx| [B]."""
+        with self.execution.products(audio):
+            return self._to_noise(audio, mel)
+
+    def _to_noise(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
         if audio.dim() != 2 or len(audio) != len(mel):
             raise InputError(
                 f"audio of shape {list(audio.shape)} and mel of shape {list(mel.shape)}: expected [batch, samples] "

@@ -112,9 +112,10 @@ def _fast_precisions(asked: Sequence[str], device: torch.device) -> list[str]:
 
 
 def _chosen(workloads: Sequence[str], precisions: Sequence[str], device: torch.device) -> list[tuple[str, str]]:
-    """Workloads with the precisions that they have: training knows one half precision for each kind of device."""
-    trained = ["float32", "float16" if device.type == "cuda" else "bfloat16"]
-    known = {"engine": precisions, "train": trained, "train_checkpointed": trained}
+    """Workloads with the precisions that they have; the baselines have those of what is compared with them."""
+    trained = ["float32", "bfloat16", *(["float16"] if device.type == "cuda" else [])]
+    known = {"engine": precisions, "queue": precisions}
+    known |= dict.fromkeys(["train_baseline", "train", "train_checkpointed"], trained)
     pairs = []
     for workload in workloads:
         own = [precision for precision in precisions if precision in known.get(workload, ["float32"])]
@@ -137,8 +138,12 @@ def _times_of(bench: Bench, chosen: Sequence[tuple[str, str]], repeats: int) -> 
     memory = [peak_memory(device, run_once, bench, *pair) for pair in chosen]
     measured = [Measured(one, peak) for one, peak in zip(make_workloads(bench, chosen), memory, strict=True)]
     peaks = measure(measured, repeats, device)
-    named = {one.workload.name: one for one in measured}
-    rows = [summarise(one, peaks, named.get(BASELINES.get(one.workload.name, "queue")), rate) for one in measured]
+    named = {(one.workload.name, one.workload.precision): one for one in measured}
+    rows = []
+    for one in measured:
+        baseline = named.get((BASELINES.get(one.workload.name, "queue"), one.workload.precision))
+        arithmetic = bench.conditions.arithmetic(one.workload.name, one.workload.precision)
+        rows.append({**summarise(one, peaks, baseline, rate), "arithmetic": arithmetic})
     _say_table(bench.config.waveflow_config.model_name, rows, peaks)
     return {"peaks": peaks, "load": os.getloadavg()[0], "rows": rows}
 
@@ -147,12 +152,12 @@ def _say_table(name: str, rows: list[dict[str, Any]], peaks: dict[str, float]) -
     """A Markdown table."""
     shown = ", ".join(f"{precision} {peak / 1e9:.0f} GFLOP/s" for precision, peak in peaks.items())
     terminal.say(f"\n{name} (matrix peak: {shown})\n")
-    terminal.say("| workload | precision | kHz | x real time | GFLOP/s | % of peak | peak memory, MB | x baseline |")
+    terminal.say("| workload | arithmetic | kHz | x real time | GFLOP/s | % of peak | peak memory, MB | x baseline |")
     terminal.say("|---|---|---|---|---|---|---|---|")
     for row in rows:
         ratio = next((f"{value:.2f}" for key, value in row.items() if key.startswith("ratio_to_")), "")
         terminal.say(
-            f"| {row['workload']} | {row['precision']} | {row['samples_per_second'] / 1e3:.2f} | "
+            f"| {row['workload']} | {row['arithmetic']} | {row['samples_per_second'] / 1e3:.2f} | "
             f"{row['times_real_time']:.3f} | {row['flop_per_second'] / 1e9:.0f} | {row['percent_of_peak']:.0f} | "
             f"{row['peak_memory_bytes'] / 1e6:.0f} | {ratio} |"
         )

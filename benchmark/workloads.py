@@ -1,5 +1,6 @@
 """Workloads to be timed: the likelihood, a training step, and synthesis in three ways, each beside its baseline."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +12,9 @@ from torch import Tensor
 from benchmark.baseline import eager_conv_queue
 from benchmark.made_up import made_up_trainer
 from config import Config, WaveFlowConfig
-from fast.engine import SynthesisEngine
+from fast.engine import PRECISIONS, SynthesisEngine
 from fast.estimators import Execution
+from harness.devices import allow_tf32
 from model import SHARING, FlowVocoder, build_model
 
 CLIP_SECONDS = 6.5  # the mean clip of LJSpeech
@@ -36,7 +38,15 @@ class Conditions:
         """Make them so in this process."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        allow_tf32(products=self.tf32, convolutions=self.tf32)
+
+    def arithmetic(self, workload: str, precision: str) -> str:
+        """Name of what a workload computes with, so that none is compared with another kind."""
+        if precision != "float32" or self.device.type != "cuda":
+            return precision
+        if self.tf32:
+            return "TF32"
+        return "float32 (3 x TF32)" if workload == "engine" else "float32 (IEEE)"  # as near as each other
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,8 @@ def _train_checkpointed(bench: Bench, precision: str) -> Job:
 def _training(bench: Bench, precision: str, execution: Execution) -> Job:
     """The trainer's own step: backward is two products for each one of the forward pass."""
     changes = {"batch_size": bench.conditions.batch, "fp16_run": precision != "float32", "amp_backend": "torch"}
+    if precision != "float32":
+        changes["amp_dtype"] = precision
     trainer = made_up_trainer(bench.config, bench.conditions.device, changes)
     audio, mel = bench.crops()
 
@@ -166,9 +178,10 @@ def _reverse(bench: Bench, _precision: str) -> Job:
     return Job(bench.model, lambda: bench.model.reverse(mel, z=z), z.numel(), passes=rows)
 
 
-def _queue(bench: Bench, _precision: str) -> Job:
-    mel, z = bench.clip(bench.conditions.seconds)
-    return Job(bench.model, lambda: eager_conv_queue(bench.model, mel, z), z.numel(), passes=1.0)
+def _queue(bench: Bench, precision: str) -> Job:
+    mel, z = (tensor.to(PRECISIONS[precision]) for tensor in bench.clip(bench.conditions.seconds))
+    model = copy.deepcopy(bench.model).to(PRECISIONS[precision])
+    return Job(model, lambda: eager_conv_queue(model, mel, z), z.numel(), passes=1.0)
 
 
 def _engine(bench: Bench, precision: str) -> Job:

@@ -6,6 +6,7 @@ the fused layers of `gpu_training.py`.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -36,6 +37,11 @@ class Execution:
     plain: bool = False  # by `modules.py` itself, the reference
     compile: bool = False  # torch.compile training steps, where Winograd's products are not faster still
     checkpoint_activations: bool = False  # keep one flow's activations at a time, recomputing them for gradients
+    half: torch.dtype | None = None  # of products, where they are not in full precision
+
+    def products(self, like: Tensor) -> AbstractContextManager:
+        """The context in which products on a tensor's device are of this precision, whatever thread runs them."""
+        return nullcontext() if self.half is None else torch.autocast(like.device.type, dtype=self.half)
 
 
 class FastFlows:
@@ -171,7 +177,7 @@ def project(transform: Affine | Spline, features: Tensor) -> Tensor:
     up log_s of every sample, so half precision stops here."""
     weight, bias = transform.fold()
     with torch.autocast(features.device.type, enabled=False):
-        return F.conv2d(features.to(weight.dtype), weight, bias)
+        return torch.ops.aten.conv2d(features.to(weight.dtype), weight, bias)  # F.conv2d is not Apex's to cast here
 
 
 def _estimate(

@@ -81,16 +81,25 @@ class BatchLoader(DataLoader):
     """A DataLoader in which a worker's InputError stays the one line it was, without the worker's traceback.
 
     Its workers leave signals to the main process; the global random state is neither read nor moved.
-    worker_died: what to do where one dies, the end of the error message.
+    worker_died: what to do where one dies, the end of the error message. device: where its batches go; those for a CUDA
+    device are made ready in pinned memory, so that the host need not wait.
     """
 
-    def __init__(self, dataset: Dataset, n_workers: int, worker_died: str, seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        n_workers: int,
+        worker_died: str,
+        seed: int = 0,
+        device: torch.device | None = None,
+        **options: Any,
+    ) -> None:
         self._worker_died = worker_died
         super().__init__(
             dataset,
             num_workers=n_workers,
             persistent_workers=n_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=device is not None and device.type == "cuda",
             worker_init_fn=_begin_worker,
             # DataLoader draws a seed for its workers even if they need none; left alone, from the global generator.
             generator=torch.Generator().manual_seed(seed),

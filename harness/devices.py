@@ -75,6 +75,13 @@ def allow_tf32(products: bool, convolutions: bool) -> None:
     torch.backends.cudnn.conv.fp32_precision = "tf32" if convolutions else "ieee"
 
 
+def prepare_training(device: torch.device) -> None:
+    """Make a CUDA device the current one, for whatever thread pins memory; steps of one shape try convolutions out."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+
+
 def fast_bfloat16() -> bool:
     """Tell whether this CPU multiplies bfloat16 matrices in hardware; without, it is slower at them than at float32."""
     if platform.machine().lower() in ("arm64", "aarch64"):

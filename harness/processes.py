@@ -64,13 +64,15 @@ def process_group(
     if n_ranks == 1:
         yield
         return
-    backends = "gloo"
+    backends, own_device = "gloo", None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backends = f"cpu:gloo,cuda:{backend}"
+        backends, own_device = f"cpu:gloo,cuda:{backend}", device  # named, it need not be guessed from the rank
     url = _meeting_place(url)
     try:
-        dist.init_process_group(backends, init_method=url, rank=own_rank, world_size=n_ranks, timeout=TIMEOUT)
+        dist.init_process_group(
+            backends, init_method=url, rank=own_rank, world_size=n_ranks, timeout=TIMEOUT, device_id=own_device
+        )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{n_ranks} processes did not meet at {url} ({_first_line(error)}); {meet}") from None
     with ExitStack() as stack:

@@ -81,15 +81,21 @@ def training_images(data: ImageData, n_bits: int, seed: int, augmented: bool) ->
 
 
 def make_train_loader(
-    images: QuantisedImages, batch_size: int, n_workers: int, start_batch: int = 0, rank: int = 0, world_size: int = 1
+    images: QuantisedImages,
+    batch_size: int,
+    n_workers: int,
+    start_batch: int = 0,
+    share: tuple[int, int] = (0, 1),
+    device: torch.device | None = None,
 ) -> BatchLoader:
     """Endless shuffled training batches (x [B, C, H, W], labels [B]) from batch number `start_batch` on.
 
-    Of several processes each gets its part of the same batches.
+    share: rank and number of the processes, of which each gets its part of the same batches. device: where they go.
     """
+    rank, world_size = share
     check_batch_size(batch_size, len(images), world_size, "--batch_size", "training images")
     batches = ShuffledBatches(len(images), batch_size, images.seed, start_batch, rank, world_size)
-    return BatchLoader(images, n_workers, REMEDIES.worker_died, batch_sampler=batches)
+    return BatchLoader(images, n_workers, REMEDIES.worker_died, device=device, batch_sampler=batches)
 
 
 def test_batches(split: Split, n_bits: int, batch_size: int, n_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

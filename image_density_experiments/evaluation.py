@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +20,14 @@ from image_density_experiments.datasets import Split
 from image_density_experiments.model import ImageFlow
 
 
-def half_precision(device: torch.device, wanted: bool) -> AbstractContextManager:
-    """bfloat16 autocast for the estimators; its range needs no loss scaling."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+@contextmanager
+def half_precision(model: ImageFlow, wanted: bool) -> Iterator[None]:
+    """bfloat16 for the model's estimators; its range needs no loss scaling."""
+    before, model.half = model.half, torch.bfloat16 if wanted else None
+    try:
+        yield
+    finally:
+        model.half = before
 
 
 @contextmanager
@@ -68,7 +73,7 @@ def bits_per_dim(
             x, labels, noise, n_seen = x[part], labels[part], noise[part], n_seen + len(x)
             if not len(x):
                 continue
-            with half_precision(device, amp):
+            with half_precision(model, amp):
                 _, bits, _ = model(x.to(device), one_hot(labels, model), noise=noise.to(device))
             results.append(bits.float().cpu())
     return torch.cat(results).numpy()

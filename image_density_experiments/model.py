@@ -184,6 +184,8 @@ class Level(nn.Module):
 class ImageFlow(nn.Module):
     """A density of images [B, C, H, W] quantised to n_bits and centred (`data.quantise`), in bits per dimension."""
 
+    half: torch.dtype | None = None  # of the estimators' products, where they are not in full precision
+
     def __init__(self, config: ImageModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -201,6 +203,14 @@ class ImageFlow(nn.Module):
 
         noise in [0, 2^-n_bits) fills the gaps between the quantised values (Theis et al., 2016); drawn if not given.
         """
+        if self.half is None:
+            return self._likelihood(x, y_onehot, noise)
+        with torch.autocast(x.device.type, dtype=self.half):  # here, where each thread of nn.DataParallel comes by
+            return self._likelihood(x, y_onehot, noise)
+
+    def _likelihood(
+        self, x: Tensor, y_onehot: Tensor | None, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         latents, log_det = self.encode(x + (self.draw_noise(x) if noise is None else noise))
         *noises, z = latents
         objective = log_det - self.config.n_bits * math.log(2) * self.config.n_dims

@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.bad_steps import BadSteps, step_if_finite
 from harness.batches import BatchLoader
 from harness.checkpoints import keep_newest, random_state
-from harness.devices import data_parallel
+from harness.devices import data_parallel, prepare_training
 from harness.processes import mean, rank, share_of_batch, world_size
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import make_train_loader, training_images
@@ -46,6 +46,7 @@ class Trainer:
         self.model, self.data, self.options, self.folder = model, data, options, folder
         self.entries = entries or {}
         self.device = next(model.parameters()).device
+        prepare_training(self.device)
         self.optimizer = torch.optim.Adamax(
             model.parameters(),
             lr=options.lr,
@@ -58,16 +59,16 @@ class Trainer:
         has_checkpoint = start is not None or bool(ckpt.list_checkpoints(folder))
         remedy = ckpt.REMEDIES.bad_steps if has_checkpoint else ckpt.NOTHING_SAVED
         self.bad_steps = BadSteps(MAX_BAD_STEPS, self._images_of, remedy, bad_before)
-        self.loader = self._make_loader(self.iteration, options.n_workers, rank(), world_size())
+        self.loader = self._make_loader(self.iteration, options.n_workers, (rank(), world_size()))
         if start is None:
             self._initialise()
         # After initialising: replicas cannot. Not every type's step uses all of its gates.
         self.parallel = data_parallel(model.train(), self.device, find_unused=True)
 
-    def _make_loader(self, start_batch: int, n_workers: int, rank: int = 0, world_size: int = 1) -> BatchLoader:
+    def _make_loader(self, start_batch: int, n_workers: int, share: tuple[int, int] = (0, 1)) -> BatchLoader:
         options = self.options
         images = training_images(self.data, self.model.config.n_bits, options.seed, options.augmented)
-        return make_train_loader(images, options.batch_size, n_workers, start_batch, rank, world_size)
+        return make_train_loader(images, options.batch_size, n_workers, start_batch, share, self.device)
 
     def _images_of(self, step: int) -> list[str]:
         files = getattr(self.data.train.images, "files", None)
@@ -106,7 +107,7 @@ class Trainer:
         # Each process draws the noise of the whole batch, so that it does not depend on how many share it.
         noise = share_of_batch(self.model.draw_noise(x.new_empty(world_size() * len(x), *x.shape[1:])))
         x, labels, noise = (self._on_device(tensor) for tensor in (x, labels, noise))
-        with half_precision(self.device, self.options.amp):
+        with half_precision(self.model, self.options.amp):
             _, bits, y_logits = self.parallel(x, one_hot(labels, self.model), noise)
         bits = bits.mean()
         class_loss = bits.new_zeros(()) if y_logits is None else F.cross_entropy(y_logits, labels)
@@ -128,7 +129,7 @@ class Trainer:
         for _ in range(2):  # the first one warms up
             self._wait()
             began = time.perf_counter()
-            with half_precision(self.device, self.options.amp):
+            with half_precision(self.model, self.options.amp):
                 _, bits, y_logits = self.parallel(x, one_hot(labels, self.model), noise)
             unused = 0 if y_logits is None else 0 * y_logits.sum()
             (bits.mean() + unused).backward()

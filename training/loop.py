@@ -100,7 +100,8 @@ class VocoderLoop(Loop):
         trainer, config = self.trained, self.trained.config
 
         def evaluate_share() -> list[ClipLikelihood]:
-            return clip_likelihoods(trainer.evaluated, self.test_clips, config.train_config.sigma, trainer.device)
+            with trainer.precision.full():
+                return clip_likelihoods(trainer.evaluated, self.test_clips, config.train_config.sigma, trainer.device)
 
         clips = gather(self.stop.unless_stopped(evaluate_share))
         if clips is None:
@@ -128,7 +129,8 @@ class VocoderLoop(Loop):
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # none of the run's own random numbers
             torch.manual_seed(trainer.config.train_config.seed)
-            audio = trainer.evaluated.reverse_fast(mel.unsqueeze(0).to(trainer.device))[0].cpu()
+            with trainer.precision.full():
+                audio = trainer.evaluated.reverse_fast(mel.unsqueeze(0).to(trainer.device))[0].cpu()
         if not torch.isfinite(audio).all():
             terminal.say("the sample is not finite and was not written; the model may need more training")
             return

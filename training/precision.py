@@ -1,7 +1,8 @@
 """Arithmetic of a training step: float32, or half precision through torch.amp or NVIDIA Apex."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager:
         """The context in which the forward pass runs."""
+        return nullcontext()
+
+    def full(self) -> AbstractContextManager:
+        """The context of evaluation and sampling, in full precision."""
         return nullcontext()
 
     def step(self, loss: Tensor) -> Tensor:
@@ -62,24 +67,41 @@ class Precision:
 
 
 class TorchAmp(Precision):
-    """torch.amp: float16 with loss scaling on CUDA, bfloat16 (whose range needs no scaling) on the CPU."""
+    """torch.amp, with loss scaling for float16, whose range needs it.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    The model enters it itself, so that the threads of nn.DataParallel, which forwards no dtype, have the same one.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, dtype: torch.dtype
+    ) -> None:
         super().__init__(model, optimizer, max_grad_norm)
-        self.device = next(model.parameters()).device.type
-        self.dtype = torch.float16 if self.device == "cuda" else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype is torch.float16)
+        self.dtype, device = dtype, next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
 
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device, dtype=self.dtype)
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        before = self.model.execution
+        self.model.execution = replace(before, half=self.dtype)
+        try:
+            yield
+        finally:
+            self.model.execution = before
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         self.scaler.scale(loss).backward()
 
     def update(self, loss: Tensor) -> Tensor:
+        """As ever; the norm is 0 where a gradient overflowed for its scale: the next step has a lower one.
+
+        That is how the scale is found, and no fault of the batch, unless the gradient overflows unscaled too.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = super().update(loss)
-        self.scaler.update()  # a lower scale where a gradient overflowed
+        if self.scaler.is_enabled():
+            overflowed = torch.isfinite(loss.detach()) & ~torch.isfinite(norm) & (self.scaler._scale > 1)  # no waiting
+            norm = torch.where(overflowed, 0.0, norm)
+        self.scaler.update()
         return norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,6 +119,12 @@ class ApexAmp(Precision):
         super().__init__(model, optimizer, max_grad_norm)
         self.amp = _apex_amp()
         self.amp.initialize(model, optimizer, opt_level="O1", verbosity=0)
+        # Apex looks for a cached cast of a weight in the graph that used it, and fails on weights that several flows
+        # share, whose folded forms are in no graph by then.
+        self.amp._amp_state.handle._enable_caching = False
+
+    def full(self) -> AbstractContextManager:
+        return self.amp.disable_casts()
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         with self.amp.scale_loss(loss, self.optimizer, delay_unscale=not last) as scaled:
@@ -122,11 +150,25 @@ def slow_half_warning(config: TrainConfig, device: torch.device) -> str | None:
 
 def make_precision(config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> Precision:
     """The kind that `fp16_run` and `amp_backend` ask for."""
-    kind = Precision if not config.fp16_run else ApexAmp if config.amp_backend == "apex" else TorchAmp
-    if kind is ApexAmp and next(model.parameters()).device.type != "cuda":
+    device = next(model.parameters()).device
+    if not config.fp16_run:
+        return Precision(model, optimizer, config.max_grad_norm)
+    if config.amp_backend == "torch":
+        return TorchAmp(model, optimizer, config.max_grad_norm, half_dtype(config.amp_dtype, device))
+    if device.type != "cuda":
         _apex_amp()  # a missing Apex is the first thing to mend
         raise InputError('amp_backend "apex" needs a CUDA device; "torch" also runs on the CPU')
-    return kind(model, optimizer, config.max_grad_norm)
+    return ApexAmp(model, optimizer, config.max_grad_norm)
+
+
+def half_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Half precision by its name in the config; auto: bfloat16, but float16 on a chip that has no bfloat16."""
+    if device.type == "cuda":
+        if name == "auto":
+            name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif name == "float16":
+        raise InputError('amp_dtype "float16" needs a CUDA device; "auto" and "bfloat16" also run on the CPU')
+    return torch.float16 if name == "float16" else torch.bfloat16
 
 
 def _apex_amp() -> Any:

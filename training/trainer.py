@@ -17,7 +17,7 @@ from data import first_batch, make_train_loader
 from fast.estimators import Execution
 from harness.bad_steps import BadSteps
 from harness.checkpoints import load_plain, random_state, restore_random_state
-from harness.devices import data_parallel, gradients_stay
+from harness.devices import data_parallel, gradients_stay, prepare_training
 from harness.errors import InputError
 from harness.processes import mean, rank, world_size
 from model import FlowVocoder, build_model
@@ -48,6 +48,7 @@ class Trainer:
         self.config, self.device, self.folder = config, device, folder
         self.spared = () if start is None else start.sources
         train = config.train_config
+        prepare_training(device)
         torch.manual_seed(train.seed)
         self.model = build_model(config.waveflow_config, config.data_config).to(device)
         self.model.execution = Execution(compile=train.compile, checkpoint_activations=train.checkpoint_activations)
@@ -68,7 +69,7 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, train, scheduled)
         self.parallel = data_parallel(self.model, device)
         self.parts = self._parts_of_a_batch()
-        self.loader = make_train_loader(config, self.iteration, rank(), world_size())
+        self.loader = make_train_loader(config, self.iteration, rank(), world_size(), device)
         self.mel_statistics = self._mel_statistics(None if warm else start)
         self.bad_steps = BadSteps(train.max_bad_steps, self._files_of, REMEDIES.bad_steps, bad_before)
 

@@ -8,6 +8,7 @@ import torch
 
 from benchmark import __main__ as benchmark
 from benchmark.memory import peak_memory
+from benchmark.workloads import Conditions
 from harness.errors import InputError
 from tests.support.experiments import ROOT
 from tests.support.vocoders import small_config
@@ -36,6 +37,37 @@ def test_training_workloads_step_and_are_compared(tiny, tmp_path, capsys):
     assert plain["ratio_to_train_baseline"] == 1
     assert ours["ratio_to_train_baseline"] == pytest.approx(plain["seconds"] / ours["seconds"])
     assert "x baseline" in capsys.readouterr().out
+
+
+def test_baselines_are_measured_in_the_arithmetic_of_what_is_compared_with_them():
+    workloads = ["queue", "engine", "train_baseline", "train"]
+    for device in ("cpu", "cuda"):  # half-precision training on CUDA too, with what is asked for by default
+        chosen = benchmark._chosen(workloads, ["float32", "bfloat16"], torch.device(device))
+        assert chosen == [(name, precision) for name in workloads for precision in ("float32", "bfloat16")]
+    assert ("train", "float16") in benchmark._chosen(workloads, ["float16"], torch.device("cuda"))
+
+
+def test_ratios_compare_like_with_like_and_rows_name_their_arithmetic(tiny, tmp_path):
+    flags = ["-w", "queue", "engine", "-p", "float64", "float32", "--repeats", "1", "--seconds", "0.1"]
+    rows = report_of(tmp_path, "-c", tiny, *flags)["models"]["tiny"]["rows"]
+    seconds = {(row["workload"], row["arithmetic"]): row["seconds"] for row in rows}
+    for row in rows:
+        ratio = seconds["queue", row["arithmetic"]] / row["seconds"]
+        assert row["ratio_to_queue"] == pytest.approx(ratio)
+
+
+def test_float32_on_cuda_is_with_tf32_or_without_in_convolutions_too():
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    cuda = torch.device("cuda")
+    try:
+        for tf32, names in ((True, ["TF32", "TF32"]), (False, ["float32 (IEEE)", "float32 (3 x TF32)"])):
+            conditions = Conditions(cuda, tf32=tf32)
+            conditions.set_up()
+            assert (torch.backends.cudnn.conv.fp32_precision == "tf32") is tf32
+            assert [conditions.arithmetic(name, "float32") for name in ("queue", "engine")] == names
+        assert conditions.arithmetic("engine", "float16") == "float16"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
 
 
 def test_memory_alone_is_measured_without_times(tiny, tmp_path, capsys):

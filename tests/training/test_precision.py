@@ -1,16 +1,19 @@
 import copy
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from config import TrainConfig
+from fast.estimators import project
 from harness.errors import InputError
 from modules import FlowLoss
 from tests.support.vocoders import random_input, random_vocoder
-from training.precision import ApexAmp, Precision, TorchAmp, make_precision
+from training.precision import ApexAmp, Precision, TorchAmp, half_dtype, make_precision
 
 
 def make(**settings):
@@ -73,9 +76,18 @@ def apex_double():
         calls.append("scale_loss")
         yield loss
 
+    handle = types.SimpleNamespace(_enable_caching=True)
+
+    @contextmanager
+    def disable_casts():
+        calls.append("disable_casts")
+        yield
+
     apex = types.ModuleType("apex")
     apex.amp = types.SimpleNamespace(
         scale_loss=scale_loss,
+        disable_casts=disable_casts,
+        _amp_state=types.SimpleNamespace(handle=handle),
         initialize=lambda model, optimizer, **options: calls.append(options),
         master_params=lambda optimizer: [p for group in optimizer.param_groups for p in group["params"]],
         state_dict=lambda: {"loss_scaler0": {}},
@@ -103,6 +115,83 @@ def test_apex_steps_as_plain_training_does_where_nothing_is_scaled(monkeypatch):
     torch.testing.assert_close(norm, expected)
     assert calls == [{"opt_level": "O1", "verbosity": 0}, "scale_loss"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_apex_keeps_no_casts_of_weights_that_flows_share_and_none_in_evaluation(monkeypatch):
+    apex, calls = apex_double()
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    model = random_vocoder()
+    half = ApexAmp(model, torch.optim.Adam(model.parameters()), max_grad_norm=5.0)
+    assert not apex.amp._amp_state.handle._enable_caching
+    with half.full():
+        assert calls[-1] == "disable_casts"
+
+
+def test_apex_leaves_the_transforms_parameters_in_float32(monkeypatch):
+    def cast(*arguments, **options):  # as Apex patches it
+        return conv2d(*(a.half() if isinstance(a, torch.Tensor) else a for a in arguments), **options)
+
+    conv2d, model = F.conv2d, random_vocoder()
+    monkeypatch.setattr(F, "conv2d", cast)
+    features = torch.randn(1, 6, 2, 4).half()
+    assert project(model.transforms[0], features).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "name, device, has_bfloat16, dtype",
+    [
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float16),
+        ("float16", "cuda", True, torch.float16),
+        ("bfloat16", "cuda", False, torch.bfloat16),
+        ("auto", "cpu", False, torch.bfloat16),
+    ],
+)
+def test_half_precision_is_what_the_chip_has_or_the_config_says(name, device, has_bfloat16, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert half_dtype(name, torch.device(device)) is dtype
+
+
+def test_float16_training_on_a_cpu_is_refused():
+    with pytest.raises(InputError, match=r'amp_dtype "float16" needs a CUDA device'):
+        make(fp16_run=True, amp_dtype="float16")
+
+
+def test_only_float16_is_scaled():
+    model = random_vocoder()
+    optimizer = torch.optim.Adam(model.parameters())
+    for dtype in (torch.bfloat16, torch.float16):
+        assert TorchAmp(model, optimizer, 5.0, dtype).scaler.is_enabled() is (dtype is torch.float16)
+
+
+def test_any_thread_computes_in_the_precision_of_the_step():
+    model, _, precision = make(fp16_run=True)
+    audio, mel = random_input(model)
+    with torch.no_grad():
+        full = model(audio, mel)[0]
+        with precision.autocast():
+            half = model(audio, mel)[0]
+            with ThreadPoolExecutor(1) as thread:  # nn.DataParallel has one for each device
+                threads = thread.submit(torch.no_grad()(lambda: model(audio, mel)[0])).result()
+        assert torch.equal(threads, half) and not torch.equal(half, full)
+        assert torch.equal(model(audio, mel)[0], full)  # evaluation
+
+
+def test_an_overflow_of_the_scaled_gradient_is_no_bad_step():
+    model = random_vocoder()
+    half = TorchAmp(model, torch.optim.Adam(model.parameters(), fused=True), 5.0, torch.float16)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss = FlowLoss()(model(*random_input(model)))
+    half.backward(loss)
+    scale = half.scaler.get_scale()
+    next(model.parameters()).grad.fill_(torch.inf)
+    assert half.update(loss) == 0  # not what BadSteps takes for one
+    assert half.scaler.get_scale() == scale / 2
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    half.scaler.update(1.0)  # a gradient that overflows unscaled is one
+    half.backward(FlowLoss()(model(*random_input(model))))
+    next(model.parameters()).grad.fill_(torch.inf)
+    assert not torch.isfinite(half.update(loss))
 
 
 @pytest.mark.parametrize("fused", [True, False])
