@@ -87,24 +87,21 @@ class FlowVocoder(nn.Module):
 
     def forward(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
         """The change of variables of WaveFlow, eq. 2: z [B, 1, h, T/h] and log|det dz/dx| [B]."""
-        with self.execution.products(audio):
-            return self._to_noise(audio, mel)
-
-    def _to_noise(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
         if audio.dim() != 2 or len(audio) != len(mel):
             raise InputError(
                 f"audio of shape {list(audio.shape)} and mel of shape {list(mel.shape)}: expected [batch, samples] "
                 "and [batch, bands, frames]"
             )
-        conditioning, log_det = self.condition(mel, audio.size(1)), audio.new_zeros(len(audio))
-        if self.linear_prediction is not None:
-            audio, log_det = self.linear_prediction(audio, mel)
-        x, flows = squeeze(audio.unsqueeze(1), self.config.n_height), self.flows()
-        fast = None if self.execution.plain else FastFlows(flows, self.execution)
-        for flow in flows:
-            x, flow_log_det = fast(flow, x, conditioning) if fast else flow.forward(x, conditioning)
-            log_det = log_det + flow_log_det
-        return x, log_det
+        with self.execution.products(audio):
+            conditioning, log_det = self.condition(mel, audio.size(1)), audio.new_zeros(len(audio))
+            if self.linear_prediction is not None:
+                audio, log_det = self.linear_prediction(audio, mel)
+            x, flows = squeeze(audio.unsqueeze(1), self.config.n_height), self.flows()
+            fast = None if self.execution.plain else FastFlows(flows, self.execution)
+            for flow in flows:
+                x, flow_log_det = fast(flow, x, conditioning) if fast else flow.forward(x, conditioning)
+                log_det = log_det + flow_log_det
+            return x, log_det
 
     @torch.no_grad()
     def reverse(self, mel: Tensor, temp: float = 1.0, z: Tensor | None = None) -> Tensor:

@@ -92,9 +92,9 @@ class TorchAmp(Precision):
         self.scaler.scale(loss).backward()
 
     def update(self, loss: Tensor) -> Tensor:
-        """As ever; the norm is 0 where a gradient overflowed for its scale: the next step has a lower one.
+        """Update as in full precision; the norm is 0 where a gradient overflowed for its scale, and the next is lower.
 
-        That is how the scale is found, and no fault of the batch, unless the gradient overflows unscaled too.
+        So the scale is found; it is no fault of the batch, unless the gradient overflows unscaled too.
         """
         self.scaler.unscale_(self.optimizer)
         norm = super().update(loss)
