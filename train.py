@@ -42,6 +42,7 @@ from harness.errors import InputError
 from harness.folder import locked_run, record_start
 from harness.processes import gather, held_by_main, is_main, on_main, process_group, report_error, share, world_size
 from harness.stopping import StopRequest, exit_status
+from jobs.metrics import measure_all
 from jobs.synthesis import STDOUT, Request, synthesize_all
 from model import FlowVocoder, count_parameters
 from synthesis.mel_checks import MelReader, MelStatistics
@@ -113,6 +114,16 @@ def evaluate(config: Config, device: torch.device, start: Start) -> int:
     for of, mean in summarise_lists(results, lists).items():
         title = name if len(lists) == 1 else f"{name}, {of}"
         terminal.say(f"{title}: {mean}{'' if sigma == 1 else f', at sigma {sigma:g}'}")
+    terminal.say(f"per clip: {path}")
+    return 0
+
+
+def measure(config: Config, device: torch.device, start: Start, how: Request, others: Sequence[str]) -> int:
+    """Metrics of the recordings' copy-syntheses, beside other checkpoints and folders of another vocoder's sounds."""
+    entries = how.entries(config)
+    model, name, _ = _trained(config, device, start)
+    _warn(slow_precision_warning(how.precision, device))
+    path = measure_all(Vocoder(model, config.data_config, how.precision, name), others, entries, how, config)
     terminal.say(f"per clip: {path}")
     return 0
 
@@ -212,6 +223,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add("--deterministic", action="store_true", help="the same results twice on the same machine, at some speed")
     add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is any)")
+    others = "with --evaluate: metrics of copy-synthesis, beside other checkpoints and folders of sounds"
+    add("--metrics", nargs="*", metavar="PATH", help=others)
     _add_synthesis(parser.add_argument_group("with --synthesize").add_argument)
     options = parser.parse_args(arguments)
     _check_combination(parser, options)
@@ -230,6 +243,9 @@ SYNTHESIS_FLAGS = (
     "batch_seconds",
     "match_mel",
 )
+
+
+METRICS_FLAGS = ("input", "seed", "denoise", "precision", "match_mel")  # of those
 
 
 def _add_synthesis(add: Callable[..., object]) -> None:
@@ -264,8 +280,11 @@ def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namesp
         parser.error("--weights says which checkpoint; leave out --resume, --average_checkpoint and --warm_start")
     if not (options.config or options.weights):
         parser.error("the following arguments are required: -c/--config, or --weights with a trained model")
+    if options.metrics is not None and not options.evaluate:
+        parser.error("--metrics are those of --evaluate; give it too")
     for flag in SYNTHESIS_FLAGS:
-        if getattr(options, flag) is not None and not options.synthesize:
+        shared = options.metrics is not None and flag in METRICS_FLAGS
+        if getattr(options, flag) is not None and not (options.synthesize or shared):
             parser.error(f"--{flag} is that of synthesis; give --synthesize with it")
     if options.epsilon is not None and options.average_checkpoint is None:
         parser.error("--epsilon weights an average; give -a N with it")
@@ -310,6 +329,8 @@ def _job(options: argparse.Namespace, config: Config, device: torch.device, give
     )
     if options.check_data:
         return check_data(config)
+    if options.metrics is not None:
+        return measure(config, device, start, _request(options), options.metrics)
     if options.evaluate:
         return evaluate(config, device, start)
     if options.synthesize:

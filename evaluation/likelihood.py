@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import ClipDataset
+from evaluation.tiles import likelihood_in_tiles
 from harness import terminal
 from harness.files import written_whole
 from harness.stopping import safe_point
@@ -82,7 +83,7 @@ def clip_likelihoods(
     for path, audio, mel in terminal.bar(loader, "likelihood", unit="clip", leave=False, disable=None):
         audio = audio[: len(audio) // model.config.n_height * model.config.n_height]
         safe_point()
-        z, log_det = model(audio.unsqueeze(0).to(device), mel.unsqueeze(0).to(device))
+        z, log_det = likelihood_in_tiles(model, audio.unsqueeze(0).to(device), mel.unsqueeze(0).to(device))
         prior = gaussian_log_density(z, sigma).item() / len(audio)
         per_sample = log_det.item() / len(audio)
         results.append(ClipLikelihood(path, len(audio), prior + per_sample, prior, per_sample))

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from audio import MEL_SUFFIXES, is_mel_file, resample
+from audio import MEL_SUFFIXES, is_mel_file, resample, rescale, shortest_audio
+from config import DataConfig
 from harness.errors import InputError
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
@@ -68,3 +69,16 @@ def check_input(path: str) -> None:
     """InputError where a sound cannot be read; mels are looked at when they are read."""
     if not is_mel_file(path):
         check_sound(path)
+
+
+def read_recording(path: str, data: DataConfig) -> Tensor:
+    """Audio [T] of a file of any format and rate as `data` has it: its rate, whole frames, rescaled if it says so.
+
+    InputError where it is too short for a mel.
+    """
+    audio = read_sound(path, data.sampling_rate)
+    audio = audio[: len(audio) // data.hop_length * data.hop_length]
+    if len(audio) < shortest_audio(data):
+        seconds, needed = (samples / data.sampling_rate for samples in (len(audio), shortest_audio(data)))
+        raise InputError(f"{path}: {seconds:.3f} s, at least {needed:.3f} s are needed")
+    return rescale(audio, audio.abs().max().item()) if data.rescale else audio

@@ -9,7 +9,7 @@ from pathlib import Path
 import soundfile
 from torch import Tensor
 
-from audio import INT16_SCALE, is_mel_file, shortest_audio, write_wav
+from audio import INT16_SCALE, is_mel_file, write_wav
 from config import Config
 from data import check_synthesis_entries, output_names, read_synthesis_files
 from evaluation.comparison import compare_with_recording
@@ -17,7 +17,7 @@ from harness import terminal
 from harness.errors import InputError
 from harness.files import written_whole
 from harness.processes import gather, is_main, share
-from jobs.inputs import check_input, find_inputs, read_sound
+from jobs.inputs import check_input, find_inputs, read_recording
 from vocoder import PLAIN, Clip, Finish, Sound, Vocoder
 
 STDOUT = "-"
@@ -97,14 +97,7 @@ def _read(vocoder: Vocoder, entry: str, temp: float, seed: int) -> Clip:
     """A clip of a mel file, or of a sound of any format and rate."""
     if is_mel_file(entry):
         return vocoder.read(entry, temp, seed)
-    audio = read_sound(entry, vocoder.sampling_rate)
-    audio = audio[: len(audio) // vocoder.hop_length * vocoder.hop_length]
-    if len(audio) < shortest_audio(vocoder.data):
-        raise InputError(
-            f"{entry}: {len(audio) / vocoder.sampling_rate:.3f} s, at least "
-            f"{shortest_audio(vocoder.data) / vocoder.sampling_rate:.3f} s are needed"
-        )
-    return vocoder.clip(entry, vocoder.mel(audio, vocoder.sampling_rate), temp, seed)
+    return vocoder.clip(entry, vocoder.mel_spectrogram(read_recording(entry, vocoder.data)), temp, seed)
 
 
 def _write_batch(sounds: Sequence[Sound], folder: Path, vocoder: Vocoder, request: Request) -> None:
