@@ -32,6 +32,7 @@ from model import FlowVocoder, build_model
 from synthesis.denoiser import bias_spectrum, denoise, silent_mel
 from synthesis.mel_checks import MelReader, MelStatistics
 from synthesis.mel_matching import match_mel
+from synthesis.streaming import SHORTEST_BLOCK, Reach, Stream, stream_engines
 
 # Seconds of audio synthesized at once. A clip does not fill a GPU; 60 s are within the largest of its buckets. On a
 # CPU only clips shorter than a tile of the engine gain from company, and wavs are to appear one after the other.
@@ -97,7 +98,7 @@ class Vocoder:
     ) -> None:
         self.model, self.data, self.name = model.eval(), data, name
         self.reader = reader or MelReader(data)
-        self.engine = SynthesisEngine(model, precision)
+        self.engine, self.precision = SynthesisEngine(model, precision), precision
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -199,6 +200,47 @@ class Vocoder:
         if spoilt := next((sound for sound in sounds if not sound.is_finite), None):
             raise InputError(f"{spoilt.clip.source}: the synthesis is not finite; train longer, or lower temp")
         return [_like(mel, sound.audio.clamp(-1, 1)) for mel, sound in zip(mels, sounds, strict=True)]
+
+    def stream(
+        self,
+        mels: Array | Iterable[Array],
+        temp: float = 1.0,
+        seed: int | None = None,
+        lookahead_frames: int | None = None,
+    ) -> Iterator[Array]:
+        """Audio [n] in [-1, 1], chunk after chunk, of a mel [M, F] or of one still being made: frames [M] or [M, f].
+
+        Equal to the whole to 1e-4 with the same noise (`synthesis.streaming.frame_noise`). Chunks come later than their
+        frames by what the flows can see (`fast.engine.receptive_field`), and by `lookahead_frames` and a block at most
+        where that is given, at some cost in sound. Memory does not grow. Raises InputError.
+        """
+        if not 0 <= temp < math.inf:
+            raise InputError(f"temp {temp}: expected a finite number of at least 0")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        reach = Reach.of(self.model.config, lookahead_frames)
+        return self._stream(mels, Stream(self.model, self._stream_engines, reach, temp, generator))
+
+    def _stream(self, mels: Array | Iterable[Array], stream: Stream) -> Iterator[Array]:
+        example: list[Array] = []
+
+        def frames() -> Iterator[Tensor]:
+            for number, mel in enumerate([mels] if isinstance(mels, (np.ndarray, Tensor)) else mels):
+                example[:] = [mel]
+                frame = torch.as_tensor(mel).detach().cpu()
+                frame = frame.unsqueeze(1) if frame.dim() == 1 else frame
+                count = frame.size(-1)  # a single frame is fine here
+                yield from self.reader(torch.cat([frame, frame], -1), f"mel {number}")[:, :count].split(
+                    SHORTEST_BLOCK, 1
+                )
+
+        for audio in stream.run(frames()):
+            if not audio.isfinite().all():
+                raise InputError("mel: the synthesis is not finite; train longer, or lower temp")
+            yield _like(example[0], audio.cpu().clamp(-1, 1))
+
+    @cached_property
+    def _stream_engines(self) -> list[SynthesisEngine]:
+        return stream_engines(self.model, self.precision)
 
     def read(self, path: str, temp: float, seed: int) -> Clip:
         """A clip of a wav, with its recording, or of a mel file; InputError where it is neither."""
