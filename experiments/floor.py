@@ -1,16 +1,17 @@
-"""The floor of every run: linear prediction alone, with one scale fitted to training crops and no flow behind it.
+"""The floor of every run: linear prediction alone, with one scale fitted to training clips and no flow behind it.
 
 Its likelihood is that of a residual of white Gaussian noise, its speech its filter driven by such noise. Nothing that
 is trained should be believed to have learned anything before it is above.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from config import Config, DataConfig
-from data import ClipDataset, make_train_loader, read_file_list
+from data import ClipDataset, read_file_list
 from experiments.claims import ORDER, change
 from experiments.measures import LL_CLIPS, speech_of
 from experiments.runs import RESULTS, Result, Run, Setting, add_result, read_results
@@ -19,7 +20,7 @@ from linear_prediction import LinearPrediction
 from modules import gaussian_log_density
 
 ORDERS = (12, 24, 64, 128, 256)
-FITTED_BATCHES = 16
+FITTED_CLIPS = 24
 
 
 def setting_of(order: int) -> Setting:
@@ -71,11 +72,18 @@ def floor_of(data: Path, order: int) -> Result:
 
 
 def fitted(config: Config, order: int) -> LinearPrediction:
-    """The filter with the scale that fits some training batches best."""
+    """The filter with the scale that fits some training clips best.
+
+    Whole ones: a crop begins without the past that its first samples are predicted from, and what is left of those is
+    so loud that a scale fitted to crops costs whole clips half a nat per sample.
+    """
     filtering = LinearPrediction(config.data_config, order)
-    batches = zip(range(FITTED_BATCHES), make_train_loader(config), strict=False)
-    audio, mel = (torch.cat(parts) for parts in zip(*(batch for _, batch in batches), strict=True))
-    filtering.initialise(audio, mel)
+    clips = ClipDataset(read_file_list(config.data_config.training_files)[:FITTED_CLIPS], config.data_config)
+    power, samples = 0.0, 0
+    for _, audio, mel in (clips[index] for index in range(len(clips))):
+        power += filtering(audio[None].double(), mel[None])[0].square().sum().item()
+        samples += len(audio)
+    filtering.log_scale.fill_(math.log(max(power / samples, 1e-30)) / 2)
     return filtering
 
 
