@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config, DataConfig, WaveFlowConfig
+from fast.estimators import Execution
 from linear_prediction import LinearPrediction, bands_to_bins
 from model import FlowVocoder
 from modules import Conv, Estimator, Flow, Upsampler, gaussian_log_density
@@ -284,6 +285,15 @@ class Subject(nn.Module):
     def __init__(self, model: FlowVocoder, prior: nn.Module, dither: float) -> None:
         super().__init__()
         self.model, self.prior, self.dither = model, prior, dither
+
+    @property
+    def execution(self) -> Execution:
+        """The model's; whoever chooses the precision of a training step sets it."""
+        return self.model.execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        self.model.execution = execution
 
     def noise_of(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
         """`FlowVocoder.forward`; in training with dither, uniform noise as wide as a step of the audio."""

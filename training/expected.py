@@ -12,12 +12,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import Config, config_from_dict
+from harness.errors import InputError
 from harness.files import written_whole
 
 CURVES = Path(__file__).parents[1] / "experiments" / "data"
 WINDOW = 25  # steps
-TRAIN_KEYS = ("learning_rate", "lr_decay_step", "lr_decay_gamma", "batch_size", "warmup_steps", "sigma")
+TRAIN_KEYS = (
+    "learning_rate",
+    "lr_decay_step",
+    "lr_decay_gamma",
+    "batch_size",
+    "warmup_steps",
+    "sigma",
+    "trained_parts",
+)
 NEGATIVE_IS_RIGHT = (
     "losses are negative log-likelihoods in nats per sample: below zero is right for audio, and lower is better"
 )
@@ -95,6 +104,15 @@ def signature(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
+def _completed(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A signature with the keys that are younger than it, at their defaults; None where it has one that is no more."""
+    lists = {"training_files": "-", "test_files": "-"}
+    try:
+        return signature(config_from_dict({**saved, "data_config": {**saved["data_config"], **lists}}))
+    except InputError:
+        return None
+
+
 def expected_curve(config: Config, lengths: Sequence[int], folder: Path = CURVES) -> Curve | None:
     """The curve of a config on training clips of these lengths in samples; None where none was measured."""
     own, corpus = signature(config), Corpus.of("", lengths)
@@ -102,7 +120,7 @@ def expected_curve(config: Config, lengths: Sequence[int], folder: Path = CURVES
         first, *rows = path.read_text(encoding="utf-8").splitlines()
         about = json.loads(first.removeprefix("# "))
         known = Corpus(**about["corpus"])
-        if about["config"] == own and known.is_like(corpus):
+        if _completed(about["config"]) == own and known.is_like(corpus):
             points = {
                 int(row["iteration"]): (float(row["loss"]), float(row["deviation"])) for row in csv.DictReader(rows)
             }

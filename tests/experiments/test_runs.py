@@ -75,6 +75,21 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(data, tmp_path, monkey
         assert torch.equal(value, expected)
 
 
+def test_half_precision_reaches_the_model(data, tmp_path):
+    run = Run(small("half", train__fp16_run=True, linear_prediction=4), data, 1, 1)
+    half = Training(run, run.config(), tmp_path)
+    seen, forward = [], half.subject.model.forward
+
+    def noted(*batch):
+        seen.append(half.subject.model.execution.half)
+        return forward(*batch)
+
+    half.subject.model.forward = noted
+    half.go_on()
+    assert seen == [torch.bfloat16]
+    assert half.evaluated.execution.half is None
+
+
 def test_runs_of_a_seed_are_paired(data):
     one, other = (Run(small(name, bipartize=name == "b"), data, 7, 2) for name in "ab")
     first, second = (Training(run, run.config(), data / "unused") for run in (one, other))

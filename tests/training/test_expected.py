@@ -37,6 +37,13 @@ def test_a_run_is_placed_beside_the_curve(measured):
     assert "0.87 at 25" in str(curve) or "at 50" in str(curve)
 
 
+def test_the_demo_has_a_curve():
+    demo = load_config(Path(__file__).parents[2] / "configs" / "demo.json")
+    curve = expected_curve(demo, [5_815_407 // 92] * 92)
+    assert curve is not None and curve.corpus.name == "demo" and max(curve.points) == 600
+    assert expected_curve(demo, [5_815_407 // 92] * 91) is None
+
+
 def test_another_config_or_corpus_has_no_curve(measured, config):
     loaded, folder = measured
     assert expected_curve(load_config(config(waveflow_config__n_flow=2)), LENGTHS, folder) is None
