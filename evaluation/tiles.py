@@ -29,10 +29,15 @@ def likelihood_in_tiles(
     height, columns = model.config.n_height, columns or COLUMNS
     if audio.dim() != 2 or audio.size(1) <= 2 * columns * height:
         return model(audio, mel)
+    with model.execution.products(audio):
+        return _walk(model, audio, mel, columns)
+
+
+def _walk(model: FlowVocoder, audio: Tensor, mel: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     log_det = audio.new_zeros(len(audio))
     if model.linear_prediction is not None:
         audio, log_det = model.linear_prediction(audio, mel)
-    x = squeeze(audio.unsqueeze(1), height)  # [B, 1, h, W]
+    x = squeeze(audio.unsqueeze(1), model.config.n_height)  # [B, 1, h, W]
     for flow in model.flows():
         z = torch.empty_like(x)
         for tile in _tiles(x.size(3), columns, 2 ** len(flow.estimator.layers) - 1):

@@ -31,11 +31,12 @@ FLOORS = [
     {"train", "benchmark", "experiments"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+HUB = "hubconf.py"  # an interface, not a room; torch.hub looks for it at the root, by this name
 COMMAND_LINES = {"data", "checkpoint"}  # rooms whose command lines alone reach the rooms above that do the work
 FILES = sorted(
     path
     for path in (*ROOT.glob("*.py"), *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py")))
-    if path.name != "__init__.py"
+    if path.name not in ("__init__.py", HUB)
 )
 ROOMS = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
 
@@ -62,7 +63,7 @@ def name_of(path: Path) -> str:
 
 
 def test_the_root_is_ten_rooms_at_most():
-    assert len(list(ROOT.glob("*.py"))) <= 10
+    assert len([path for path in ROOT.glob("*.py") if path.name != HUB]) <= 10
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
