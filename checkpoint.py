@@ -160,6 +160,12 @@ class Checkpoint:
     facts: Mapping[str, str] = field(default_factory=dict)  # what a safetensors file tells of itself
     sources: Collection[Path] = ()  # files named or asked for, which pruning spares
 
+    @property
+    def has_stepped(self) -> bool:
+        """Tell whether any step was taken: not where all were skipped, since none was finite."""
+        skipped = self.training_state.get("bad_steps", 0) if isinstance(self.training_state, Mapping) else 0
+        return not (type(skipped) is int and skipped >= self.iteration)
+
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of this project or of the published code, on the CPU.
@@ -262,7 +268,12 @@ def check_config(checkpoint: Checkpoint, config: Config, warm: bool = False) -> 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Checkpoint) -> None:
     """Restore the optimizer of `model`, matching its parameters by name; InputError where it is another's."""
     checkpoints.load_optimizer(
-        optimizer, model, checkpoint.optimizer, checkpoint.parameter_order, REMEDIES.weights_only
+        optimizer,
+        model,
+        checkpoint.optimizer,
+        checkpoint.parameter_order,
+        REMEDIES.weights_only,
+        stepped=checkpoint.has_stepped,
     )
 
 
@@ -380,28 +391,45 @@ class Start:
     must_write: bool = False  # the average is to be on disk; a job that only reads does without
 
 
-def starting_point(config: Config, start: Start) -> Checkpoint | None:
+def starting_point(
+    config: Config, start: Start, usable: Callable[[Checkpoint], None] = lambda checkpoint: None
+) -> Checkpoint | None:
     """The checkpoint to start from: the run's newest, the one named, an average, or None for fresh weights.
 
-    Each file is read once. Raises InputError.
+    Each file is read once. usable: raises InputError where the run cannot go on from a checkpoint; the newest for which
+    it does not is taken. Raises InputError.
     """
     path = config.train_config.checkpoint_path
     if start.given is not None:
         return _fitting(start.given, config)
-    if start.resume and (newest := newest_whole(config)):
+    if start.resume and (newest := newest_whole(config, usable)):
         return newest
     if start.average is not None:
         return _average(config, newest_checkpoints(path or config.run_folder, start.average), start)
     return replace(_read_for(config, Path(path), start.warm), sources=(Path(path),)) if path else None
 
 
-def newest_whole(config: Config) -> Checkpoint | None:
-    """The run's newest checkpoint that can be read, after warnings of those that cannot; None where there is none.
+def newest_whole(config: Config, usable: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
+    """The run's newest checkpoint that can be used, after warnings of those that cannot; None where there is none.
 
-    InputError where it was trained under another config.
+    usable: as for `starting_point`. InputError where there are some, but none that can be used.
     """
-    newest = checkpoints.newest_whole(config.run_folder, FILE_NAME, read_checkpoint)
-    return None if newest is None else _fitting(newest, config)
+    with torch.random.fork_rng(devices=[]):  # none of the run's own random numbers
+        model = build_model(config.waveflow_config, config.data_config)
+
+    def read(path: Path) -> Checkpoint:
+        checkpoint = _read_for(config, path)
+        _check_fit(checkpoint, model)
+        usable(checkpoint)
+        return checkpoint
+
+    return checkpoints.newest_whole(config.run_folder, FILE_NAME, read)
+
+
+def _check_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
+    kind = model.config
+    shown = lambda name: to_published(name, kind.coupling_type, kind.transform)  # noqa: E731
+    checkpoints.check_weights(model, checkpoint.weights, f"checkpoint {checkpoint.path}", shown)
 
 
 def _read_for(config: Config, path: Path, warm: bool) -> Checkpoint:

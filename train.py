@@ -49,6 +49,7 @@ from synthesis.mel_checks import MelReader, MelStatistics
 from synthesis.mel_presets import PRESETS
 from training.loop import train_until
 from training.precision import slow_half_warning
+from training.resuming import check_resumable
 from training.trainer import Trainer
 from vocoder import Finish, Vocoder, config_of, find_checkpoint, has_average, trained_model
 
@@ -144,7 +145,7 @@ def synthesize(config: Config, device: torch.device, start: Start, how: Request)
 
 def _begin_from(config: Config, start: Start, warm: bool) -> Checkpoint | None:
     """The checkpoint that training begins with, or None; InputError where it would overwrite what came later."""
-    checkpoint = ckpt.starting_point(config, start)
+    checkpoint = ckpt.starting_point(config, start, check_resumable)
     if warm and checkpoint is None:
         raise InputError("--warm_start takes weights from a checkpoint: --set train_config.checkpoint_path=FILE")
     first = 0 if checkpoint is None or warm else checkpoint.iteration

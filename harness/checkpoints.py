@@ -17,10 +17,10 @@ from harness.errors import InputError, show
 from harness.files import written_whole
 from harness.safetensors_files import load_safetensors
 from harness.torch_files import RefusedFile, digest, load_tensors
+from harness.training_state import check_random_state, checked_optimizer
 
 MAX_BYTES = 2**33  # with optimizer state, some 700 million parameters; more is not meant
 DIGEST = "digest"  # of a file's entries
-HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
 Content = TypeVar("Content")
 
@@ -104,13 +104,18 @@ def newest_whole(
 ) -> Content | None:
     """Result of `read` for the newest checkpoint that it can read; None where there is none.
 
-    Each file is read once, from the newest on; one for which `read` raises InputError is warned of.
+    Each file is read once, from the newest on; one for which `read` raises InputError, for whatever reason, is warned
+    of. InputError where there are some, but none that can be used.
     """
-    for path in list_checkpoints(folder, file_name):
+    found, first = list_checkpoints(folder, file_name), ""
+    for path in found:
         try:
             return read(path)
         except InputError as error:
-            warn(f"{error}; trying the one before")
+            first = first or str(error)
+            warn(f"{error}{'; trying the one before' if path is not found[-1] else ''}")
+    if found:
+        raise InputError(f"{folder}: none of its {len(found)} checkpoint(s) can be used; {first}")
     return None
 
 
@@ -142,9 +147,19 @@ def load_strictly(
 
     shown: how the message is to call a key.
     """
+    check_weights(model, weights, source, shown)
+    model.load_state_dict(weights)
+
+
+def check_weights(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str = "the weights",
+    shown: Callable[[str], str] = lambda name: name,
+) -> None:
+    """InputError where weights are not those of such a model: other names, shapes or kinds of numbers."""
     if problems := list(_differences(model.state_dict(), weights, shown)):
         raise InputError(f"{source}: of another model than the config describes; {'; '.join(problems)}")
-    model.load_state_dict(weights)
 
 
 def _differences(
@@ -157,41 +172,55 @@ def _differences(
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
-    for what, names in (("missing", missing), ("not in this model", unknown), ("other shape", shapes)):
+    kinds = [
+        f"{shown(name)} is {weights[name].dtype} instead of {own[name].dtype}"
+        for name in own
+        if name in weights and not _same_kind(weights[name], own[name])
+    ]
+    found = (("missing", missing), ("not in this model", unknown), ("other shape", shapes), ("other numbers", kinds))
+    for what, names in found:
         if names:
             yield f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
+def _same_kind(saved: Tensor, own: Tensor) -> bool:
+    """Tell whether saved numbers can take the place of a model's: of its type, or real ones within its range."""
+    if not own.is_floating_point() or not saved.is_floating_point():
+        return saved.dtype == own.dtype
+    return saved.dtype == own.dtype or bool((saved.abs() <= torch.finfo(own.dtype).max).all())
+
+
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, saved: Any, order: Sequence[str], remedy: str
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    saved: Any,
+    order: Sequence[str],
+    remedy: str,
+    stepped: bool = True,
 ) -> None:
     """Restore the optimizer of `model` from its saved state, whose parameters 0, 1, ... have the names in `order`.
 
     How the optimizer computes (fused or not) stays as it was built; only the hyperparameters and moments are taken.
+    stepped: whether there must be moments.
     InputError, which ends with `remedy`, where the state is damaged or of another model.
     """
+    group, moments = checked(
+        lambda: checked_optimizer(saved, order, dict(model.named_parameters()), type(optimizer).__name__, stepped),
+        "optimizer state does not fit this model",
+        remedy,
+    )
+    [own] = optimizer.state_dict()["param_groups"]
+    state = {number: moments[name] for number, (name, _) in enumerate(model.named_parameters()) if name in moments}
+    kept = {name: value for name, value in group.items() if name in own}
+    optimizer.load_state_dict({"state": state, "param_groups": [{**own, **kept}]})
+
+
+def checked(check: Callable[[], Content], complaint: str, remedy: str) -> Content:
+    """Result of a check of harness/training_state.py; what it finds becomes an InputError."""
     try:
-        place = {name: index for index, name in enumerate(order)}
-        numbers = [place[name] for name, _ in model.named_parameters()]
-        state = {new: saved["state"][old] for new, old in enumerate(numbers) if old in saved["state"]}
-        for index, parameter in enumerate(model.parameters()):
-            _check_moments(state.get(index, {}), parameter)
-        [group], [own] = saved["param_groups"], optimizer.state_dict()["param_groups"]
-        _check_like(group, {name: own[name] for name in HYPERPARAMETERS if name in own})
-        kept = {name: group[name] for name in HYPERPARAMETERS if name in group}
-        optimizer.load_state_dict({"state": state, "param_groups": [{**own, **kept}]})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"the checkpoint's optimizer state does not fit this model ({error}); {remedy}") from None
-
-
-def _check_moments(state: Mapping[str, Any], parameter: Tensor) -> None:
-    for name, value in state.items():
-        if name == "step":
-            valid = 0 <= float(value) < 2**31
-        else:
-            valid = value.shape == parameter.shape and bool(torch.isfinite(value).all())
-        if not valid:
-            raise ValueError(f"{name} does not belong to a parameter of shape {list(parameter.shape)}")
+        return check()
+    except ValueError as error:
+        raise InputError(f"the checkpoint's {complaint} ({error}); {remedy}") from None
 
 
 def load_plain(target: Any, saved: Any, remedy: str) -> None:
@@ -243,10 +272,8 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device, remedy:
 
     InputError, which ends with `remedy`, where it is damaged.
     """
-    try:
-        if "random_state" in state:
-            torch.set_rng_state(state["random_state"])
-        if device.type == "cuda" and "cuda_random_state" in state:
-            torch.cuda.set_rng_state(state["cuda_random_state"], device)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise InputError(f"the checkpoint's random state is damaged ({str(error)[:80]}); {remedy}") from None
+    checked(lambda: check_random_state(state), "random state is damaged", remedy)
+    if "random_state" in state:
+        torch.set_rng_state(state["random_state"])
+    if device.type == "cuda" and "cuda_random_state" in state:
+        torch.cuda.set_rng_state(state["cuda_random_state"], device)

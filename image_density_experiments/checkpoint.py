@@ -6,7 +6,7 @@ published files lack: the permutations' `indices` and the actnorms' `initialised
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from harness import checkpoints
-from harness.errors import InputError, Remedies
+from harness.errors import InputError, Remedies, show
+from harness.training_state import MAX_STEPS, is_count, is_number, require
 
 FILE_NAME = re.compile(r"glow_model_(\d+)\.pt")
 REMEDIES = Remedies(
@@ -98,7 +99,15 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                 "the weights hold no shuffles (published files lack them), and with others they are another model; "
                 f"add each permutation to the state dict, as in {to_published(name, model.config)!r}"
             )
+    for name, value in weights.items():
+        if name.endswith(".indices") and name in own:
+            _check_permutation(name, value, own[name])
     checkpoints.load_strictly(model, weights)
+
+
+def _check_permutation(name: str, value: Tensor, own: Tensor) -> None:
+    if value.dtype != own.dtype or value.shape != own.shape or not value.sort().values.equal(own.sort().values):
+        raise InputError(f"the weights: {name} is no order of channels; the file is damaged, use another one")
 
 
 def _our_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -134,19 +143,41 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {path}: holds no weights; expected a file written by train.py, or a state dict")
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
         raise InputError(f"checkpoint {path}: its weights are not named tensors; expected a state dict")
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise InputError(f"checkpoint {path}: {name} is not finite, its run had diverged; use an earlier one")
+    for name in ("iteration", "epoch"):
+        if name in checkpoint and not is_count(checkpoint[name]):
+            raise InputError(f"checkpoint {path}: {name!r} is {show(checkpoint[name])}, expected a whole number")
     return checkpoint
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, start: Mapping[str, Any]) -> None:
     """Restore the optimizer of `model` from what `load_checkpoint` returned; InputError where it does not fit."""
     order = parameter_order(model, start["model"])
-    checkpoints.load_optimizer(optimizer, model, start["optimizer"], order, REMEDIES.weights_only)
+    state = start.get("training_state", {})
+    skipped = state.get("bad_steps", 0) if isinstance(state, Mapping) else 0
+    stepped = not (type(skipped) is int and skipped >= start.get("iteration", MAX_STEPS))
+    checkpoints.load_optimizer(optimizer, model, start["optimizer"], order, REMEDIES.weights_only, stepped)
 
 
-def restore_random_state(state: Any, device: torch.device) -> None:
+def checked_state(start: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The saved `training_state`, empty in published files; InputError where it is damaged."""
+    return checkpoints.checked(lambda: _checked_state(start), "training state is damaged", REMEDIES.weights_only)
+
+
+def _checked_state(start: Mapping[str, Any]) -> Mapping[str, Any]:
+    state, iteration = start.get("training_state", {}), start.get("iteration", MAX_STEPS)
+    require(isinstance(state, Mapping), "it", state)
+    for name in ("bad_steps", "epoch_steps"):
+        value = state.get(name, 0)
+        require(is_count(value) and value <= iteration, name, value)
+    require(is_number(state.get("epoch_bits", 0.0)), "epoch_bits", state.get("epoch_bits"))
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     """Go on with the random numbers of a saved `training_state`; InputError where it is damaged."""
-    if not isinstance(state, Mapping):
-        raise InputError(f"the checkpoint's training state is damaged; {REMEDIES.weights_only}")
     checkpoints.restore_random_state(state, device, REMEDIES.weights_only)
 
 
@@ -155,9 +186,18 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return checkpoints.list_checkpoints(folder, FILE_NAME)
 
 
-def newest_checkpoint(folder: Path) -> dict[str, Any]:
+def newest_checkpoint(folder: Path, usable: Callable[[dict[str, Any]], None] = lambda start: None) -> dict[str, Any]:
     """The newest checkpoint of a run that can be read, as `load_checkpoint` returns it, and its `path`."""
-    read = checkpoints.newest_whole(folder, FILE_NAME, lambda path: {**load_checkpoint(path), "path": path})
+
+    def read_usable(path: Path) -> dict[str, Any]:
+        start = {**load_checkpoint(path), "path": path}
+        try:
+            usable(start)
+        except InputError as error:
+            raise InputError(f"checkpoint {path}: {str(error).removeprefix('the checkpoint ')}") from None
+        return start
+
+    read = checkpoints.newest_whole(folder, FILE_NAME, read_usable)
     if read is None:
         raise InputError(f"{folder}: holds no checkpoint glow_model_<iteration>.pt; train first, or name a file")
     return read

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from harness import terminal
-from harness.checkpoints import read_torch_file
+from harness.checkpoints import checked, read_torch_file
 from harness.errors import InputError
 from harness.folder import CONFIG_NAME
 from harness.processes import is_main, on_main
 from harness.settings import parse_section
+from harness.training_state import check_random_state
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.datasets import OWN, load_images
 from image_density_experiments.model import ImageFlow, ImageModelConfig
@@ -43,12 +44,32 @@ def starting_point(model: Path | None, optimizer: Path | None = None) -> Start |
         if optimizer is not None:
             raise InputError("--saved_optimizer belongs to a model; give --saved_model with it")
         return None
-    start = ckpt.newest_checkpoint(model) if model.is_dir() else {**ckpt.load_checkpoint(model), "path": model}
+    start = (
+        ckpt.newest_checkpoint(model, check_usable)
+        if model.is_dir()
+        else {**ckpt.load_checkpoint(model), "path": model}
+    )
     if optimizer is None:
         return start
     number = re.search(r"_(\d+)$", model.stem)  # published files are numbered by epochs
     epoch = {"epoch": int(number[1])} if number else {}
     return {**epoch, **start, "optimizer": read_torch_file(optimizer)}
+
+
+def check_usable(start: Mapping[str, Any]) -> None:
+    """InputError where the model that a checkpoint describes has other weights, or where a run cannot go on from it.
+
+    What a published file does not say is not missed.
+    """
+    state = ckpt.checked_state(start)
+    checked(lambda: check_random_state(state), "random state is damaged", ckpt.REMEDIES.weights_only)
+    if "config" not in start:
+        return
+    with torch.random.fork_rng(devices=[]):  # none of the run's own random numbers
+        model = ImageFlow(parse_section(ImageModelConfig, start["config"], "config."))
+    ckpt.load_weights(model, start["model"])
+    if "optimizer" in start:
+        ckpt.load_optimizer(torch.optim.Adamax(model.parameters()), model, start)
 
 
 def trained_start(options: Options) -> Start:

@@ -81,7 +81,7 @@ class Trainer:
             return 0
         ckpt.load_optimizer(self.optimizer, self.model, start)
         self.iteration = start.get("iteration", start.get("epoch", 0) * self.batches_per_epoch)
-        state = start.get("training_state", {})  # absent from published files
+        state = ckpt.checked_state(start)
         ckpt.restore_random_state(state, self.device)
         self._bits = state.get("epoch_bits", 0.0)
         self._good_steps = state.get("epoch_steps", self.iteration % self.batches_per_epoch)

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import REMEDIES, TrainConfig
-from harness.errors import InputError, show
+from harness.errors import InputError
 
 # --- learning rate ----------------------------------------------------------------------------------------
 
@@ -44,16 +44,6 @@ def schedule_state(schedule: LambdaLR, config: TrainConfig) -> dict[str, Any]:
         "_step_count": schedule.last_epoch + 1,
         "_last_lr": schedule.get_last_lr(),
     }
-
-
-def scheduled_steps(state: Any) -> int:
-    """Steps after which `schedule_state` or StepLR's `state_dict` was taken; InputError where it is neither."""
-    steps = state.get("last_epoch") if isinstance(state, Mapping) else None
-    if type(steps) is not int or not 0 <= steps < 2**31:
-        raise InputError(
-            f"the checkpoint's training state is damaged (last_epoch is {show(steps)}); {REMEDIES.weights_only}"
-        )
-    return steps
 
 
 # --- moving average ---------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from model import FlowVocoder, build_model
 from modules import FlowLoss
 from synthesis.mel_checks import MelStatistics
 from training.mel_statistics import training_mel_statistics
-from training.optimisation import MovingAverage, make_schedule, schedule_state, scheduled_steps
+from training.optimisation import MovingAverage, make_schedule, schedule_state
 from training.precision import make_precision
+from training.resuming import checked_state
 
 PARTS = {"all": "", "gates-embedding-projections": ("gates.", "flow_embedding.", "transforms.")}  # of a model, by name
 
@@ -99,20 +100,14 @@ class Trainer:
 
     def _restore(self, start: ckpt.Checkpoint) -> tuple[int, int]:
         """Go on where a checkpoint was written; returns its place in the schedule, and the bad steps just before it."""
-        if start.optimizer is None or start.scheduler is None:
-            raise InputError(
-                "the checkpoint holds weights only, no optimizer state to resume from; start from it with --warm_start"
-            )
+        resumed = checked_state(start)
         self.iteration = start.iteration
         ckpt.load_optimizer(self.optimizer, self.model, start)
         if self.average is not None and start.average is not None:
             self.average.load(start.average)
-        state = start.training_state  # absent from published files
-        if not isinstance(state, dict) or type(state.get("bad_steps", 0)) is not int:
-            raise InputError(f"the checkpoint's training state is damaged; {REMEDIES.weights_only}")
-        load_plain(self.precision, state.get("precision", {}), REMEDIES.weights_only)
-        restore_random_state(state, self.device, REMEDIES.weights_only)
-        return scheduled_steps(start.scheduler), state.get("bad_steps", 0)
+        load_plain(self.precision, resumed.precision, REMEDIES.weights_only)
+        restore_random_state(resumed.state, self.device, REMEDIES.weights_only)
+        return resumed.scheduled, resumed.bad_steps
 
     # --- the step -----------------------------------------------------------------------------------------
 
