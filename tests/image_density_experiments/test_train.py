@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(images, t
     torch.save(checkpoint, tmp_path / "broken.pt")
     assert run(images, tmp_path / "run", "--saved_model", tmp_path / "broken.pt", "--max_iterations", 19) == 1
     captured = capsys.readouterr()
-    assert "warning: iteration 3: loss nan" in captured.out
+    assert "warning: iteration 3: loss inf" in captured.out
     assert "not finite in 10 steps in a row, up to iteration 12; the checkpoints are intact: " in captured.err
     assert [path.name for path in (tmp_path / "run").glob("glow_model_*")] == ["glow_model_2.pt"]
     assert (tmp_path / "run" / "glow_model_2.pt").read_bytes() == before
