@@ -1,4 +1,4 @@
-"""What a checkpoint must hold so that a run goes on from it, checked before anything of it is used."""
+"""Check of all that a checkpoint must hold for a run to go on from it, before anything of it is used."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
