@@ -418,7 +418,7 @@ def newest_whole(config: Config, usable: Callable[[Checkpoint], None] = lambda c
         model = build_model(config.waveflow_config, config.data_config)
 
     def read(path: Path) -> Checkpoint:
-        checkpoint = _read_for(config, path)
+        checkpoint = _read_for(config, path, warm=False)
         _check_fit(checkpoint, model)
         usable(checkpoint)
         return checkpoint
