@@ -43,8 +43,8 @@ def _count(default: Any, description: str, maximum: int = MAX_INT, minimum: int 
     return Field(default, ge=minimum, le=maximum, description=description)
 
 
-def _above_zero(default: float, description: str) -> Any:
-    return Field(default, gt=0, description=description)
+def _above_zero(default: float, description: str, maximum: float = 1e6) -> Any:
+    return Field(default, gt=0, le=maximum, description=description)
 
 
 class TrainConfig(Settings):
@@ -53,16 +53,18 @@ class TrainConfig(Settings):
     fp16_run: Switch = _plain(False, "half precision, of `amp_backend` and `amp_dtype`")
     output_directory: str = _plain("experiments", "runs go to `<output_directory>/<model_name>`")
     epochs: int = _count(100_000, "passes over the training clips")
-    learning_rate: float = _above_zero(1e-3, "of Adam")
+    learning_rate: float = _above_zero(1e-3, "of Adam", maximum=100)
     lr_decay_step: int = _count(200_000, "iterations after which the learning rate is multiplied by `lr_decay_gamma`")
-    lr_decay_gamma: float = _above_zero(0.5, "see `lr_decay_step`")
+    lr_decay_gamma: float = _above_zero(0.5, "see `lr_decay_step`", maximum=1)
     sigma: float = _above_zero(1.0, "standard deviation of the Gaussian prior")
     iters_per_checkpoint: int = _count(5_000, "iterations from one checkpoint, evaluation and sample to the next")
     batch_size: int = _count(8, "crops per step, over all devices and processes", maximum=2**16)
     seed: int = _count(1234, "of weights, data order, crops and noise", minimum=0)
     checkpoint_path: str = _plain("", "checkpoint to start from; with `-a` a folder of them; empty: fresh weights")
     with_tensorboard: Switch = _plain(True, "write curves, samples and pictures for TensorBoard")
-    max_grad_norm: float = _above_zero(5.0, "added (5 in the published loop): gradients are scaled down to this norm")
+    max_grad_norm: float = _above_zero(
+        5.0, "added (5 in the published loop): gradients are scaled down to this norm", maximum=1e12
+    )
     amp_backend: Literal["torch", "apex"] = _plain(
         "torch", "added: who computes `fp16_run`; `apex` is NVIDIA Apex, level O1, where a version with `amp` is there"
     )
