@@ -200,7 +200,7 @@ class WaveFlowConfig(Settings):
             )
         if self.bipartize and self.n_height % 2:
             raise InputError(f"n_height {self.n_height} is odd; bipartize reverses its two halves, so it must be even")
-        if not self.upsample_strides or any(not 2 <= s <= MAX_STRIDE for s in self.upsample_strides):
+        if not 1 <= len(self.upsample_strides) <= 16 or any(not 2 <= s <= MAX_STRIDE for s in self.upsample_strides):
             raise InputError(
                 f"upsample_strides {show(list(self.upsample_strides))}: expected whole numbers from 2 to {MAX_STRIDE}"
             )
@@ -209,7 +209,8 @@ class WaveFlowConfig(Settings):
                 f"res_channels {self.res_channels}, n_layer {self.n_layer}, n_flow {self.n_flow}: a model of over "
                 f"{self.weights_at_least:.1e} weights; at most {MAX_WEIGHTS:.1e} are accepted"
             )
-        if not self.model_name or self.model_name in (".", "..") or set(self.model_name) & set("/\\\0"):
+        name = self.model_name
+        if not name.isprintable() or name in ("", ".", "..") or set(name) & set("/\\"):
             raise InputError(f"model_name {show(self.model_name)}: expected a plain folder name, without a slash")
         return self
 
