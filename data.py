@@ -74,6 +74,11 @@ def read_paired_mels(lists: Sequence[str | Path]) -> dict[str, str]:
     return mels
 
 
+def read_texts(lists: Sequence[str | Path]) -> dict[str, str]:
+    """The transcripts of recordings, of lists that have them."""
+    return {entry.audio: entry.text for path in lists for entry in read_entries(path) if entry.text}
+
+
 def read_test_files(data_config: DataConfig) -> list[str]:
     """The entries of all test lists, one after the other."""
     return list(itertools.chain(*read_test_lists(data_config).values()))

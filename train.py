@@ -32,6 +32,7 @@ from data import (
     read_paired_mels,
     read_test_files,
     read_test_lists,
+    read_texts,
 )
 from evaluation.likelihood import clip_likelihoods, summarise_lists, write_likelihoods
 from fast.engine import slow_precision_warning
@@ -95,7 +96,8 @@ def train(config: Config, device: torch.device, start: Start, how: Training) -> 
 def check_data(config: Config) -> int:
     """Look at every clip of both lists; exit status 1 where a run would fail or learn the wrong thing."""
     training_files, test_files = read_file_list(config.data_config.training_files), read_test_files(config.data_config)
-    clips = on_main(lambda: inspect_corpus(training_files, test_files, config.data_config))
+    lists = [config.data_config.training_files, *config.data_config.test_lists]
+    clips = on_main(lambda: inspect_corpus(training_files, test_files, config.data_config, read_texts(lists)))
     path = config.run_folder / "data_check.csv"
     on_main(lambda: write_report(path, clips))
     terminal.say(f"{report_text(clips)}\nevery clip: {path}")

@@ -6,8 +6,12 @@ silent and very short files: where the signal is constant, its density has no up
 
 import csv
 import hashlib
+import math
+import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import numpy as np
 
 from audio import INT16_SCALE, read_wav, shortest_audio, wav_length
 from config import DataConfig
+from corpora.spectrum import find_band_end, find_hum, power_frames
 from harness import terminal
 from harness.errors import InputError
 from harness.files import written_whole
@@ -22,6 +27,11 @@ from harness.files import written_whole
 BLOCK = 2**20  # samples read at a time: memory does not grow with the clip
 CLIPPED_RUN = 3  # samples in a row at full scale; a single one may be a genuine peak
 FULL_SCALE = (INT16_SCALE - 1) / INT16_SCALE
+LOOKED_AT = 2**18  # samples from the start, for hum and the end of the band
+OFFSET = 1e-3  # of full scale
+LEVEL_SPREAD = 15.0  # dB from the middle of the corpus
+TEXT_SPREAD = 3.0  # times the characters a second of the corpus, or a part of it
+COMPARED = 5  # clips at least, to know what is usual
 SHOWN = 20  # problems printed; the CSV has them all
 
 
@@ -35,6 +45,10 @@ class ClipReport:
     peak: float = 0.0
     longest_constant: int = 0  # digital silence, or any other standing value
     clipped: int = 0  # in runs of at least CLIPPED_RUN
+    offset: float = 0.0  # mean of the samples
+    level: float = -math.inf  # root mean square, dB of full scale
+    hum: float = 0.0  # Hz of the mains, if it is heard
+    band_end: float = 0.0  # Hz above which there is nothing, if it is below half of the rate
     content: str = ""  # hash of the samples, whatever the header
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -46,17 +60,30 @@ class ClipReport:
 
 
 def inspect_corpus(
-    training_files: Sequence[str], test_files: Sequence[str], data_config: DataConfig
+    training_files: Sequence[str],
+    test_files: Sequence[str],
+    data_config: DataConfig,
+    texts: Mapping[str, str] | None = None,
 ) -> list[ClipReport]:
-    """A report per entry of the two lists, in order, duplicates between and within them included."""
+    """A report per entry of the two lists, in order, duplicates between and within them included.
+
+    texts: transcripts by file, of those that have one. A few clips are looked at at once.
+    """
     clips = [ClipReport(file, "train") for file in training_files] + [ClipReport(file, "test") for file in test_files]
-    for clip in terminal.bar(clips, "check", unit="clip", disable=None):
+
+    def inspect(clip: ClipReport) -> None:
         try:
             _measure(clip, data_config.sampling_rate)
             _judge(clip, data_config)
         except (InputError, OSError) as error:
             clip.errors.append(str(error).removeprefix(f"{clip.file}: "))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in terminal.bar(pool.map(inspect, clips), "check", total=len(clips), unit="clip", disable=None):
+            pass
     _find_duplicates(clips)
+    _compare_levels(clips)
+    _compare_texts(clips, texts or {}, data_config.sampling_rate)
     return clips
 
 
@@ -64,15 +91,24 @@ def _measure(clip: ClipReport, sampling_rate: int) -> None:
     clip.samples = wav_length(clip.file, sampling_rate)
     digest = hashlib.blake2b(digest_size=16)
     constant, clipped = _LongestRun(), _LongestRun(at_least=CLIPPED_RUN)
-    previous = np.nan
+    previous, total, power = np.nan, 0.0, 0.0
     for start in range(0, clip.samples, BLOCK):
         block = read_wav(clip.file, sampling_rate, start, min(BLOCK, clip.samples - start)).numpy()
         digest.update(block.tobytes())
+        total, power = (
+            total + float(block.sum(dtype=np.float64)),
+            power + float(np.square(block, dtype=np.float64).sum()),
+        )
+        if start == 0:
+            frames = power_frames(block[:LOOKED_AT])
+            clip.hum, clip.band_end = find_hum(frames, sampling_rate), find_band_end(frames, sampling_rate)
         clip.peak = max(clip.peak, float(np.abs(block).max()))
         constant.add(np.diff(block, prepend=previous) == 0)
         clipped.add(np.abs(block) >= FULL_SCALE)
         previous = block[-1]
     clip.content = digest.hexdigest()
+    clip.offset = total / clip.samples
+    clip.level = 10 * math.log10(power / clip.samples) if power else -math.inf
     clip.longest_constant = constant.longest() + 1  # n equal steps are n + 1 equal samples
     clip.clipped = clipped.total()
 
@@ -126,6 +162,15 @@ def _judge(clip: ClipReport, config: DataConfig) -> None:
         clip.warnings.append(f"{seconds:.2f} s of digital silence in a row")
     if clip.clipped:
         clip.warnings.append(f"clipped: {clip.clipped} samples at full scale")
+    if clip.errors:
+        return
+    chance = 10 ** (clip.level / 20) / math.sqrt(clip.samples)  # standard deviation of the mean of noise
+    if abs(clip.offset) > max(OFFSET, 5 * chance):
+        clip.warnings.append(f"DC offset of {clip.offset:.4f}; python data.py prepare removes it")
+    if clip.hum:
+        clip.warnings.append(f"mains hum at {clip.hum:g} Hz and above")
+    if clip.band_end:
+        clip.warnings.append(f"nothing above {clip.band_end / 1000:.1f} kHz, as if resampled up from a lower rate")
 
 
 def _find_duplicates(clips: Sequence[ClipReport]) -> None:
@@ -142,9 +187,34 @@ def _find_duplicates(clips: Sequence[ClipReport]) -> None:
             clip.warnings.append(f"the same audio as {earlier.file}")
 
 
+def _compare_levels(clips: Sequence[ClipReport]) -> None:
+    levels = [clip.level for clip in clips if not clip.errors and math.isfinite(clip.level)]
+    if len(levels) < COMPARED:
+        return
+    middle = float(np.median(levels))
+    for clip in clips:
+        if not clip.errors and abs(clip.level - middle) > LEVEL_SPREAD:
+            clip.warnings.append(f"level {clip.level:.0f} dB, the middle one is {middle:.0f}")
+
+
+def _compare_texts(clips: Sequence[ClipReport], texts: Mapping[str, str], sampling_rate: int) -> None:
+    speeds = {
+        clip.file: len(texts[clip.file]) * sampling_rate / clip.samples
+        for clip in clips
+        if texts.get(clip.file) and clip.samples
+    }
+    if len(speeds) < COMPARED:
+        return
+    middle = float(np.median(list(speeds.values())))
+    for clip in clips:
+        if (speed := speeds.get(clip.file)) and not middle / TEXT_SPREAD < speed < middle * TEXT_SPREAD:
+            clip.warnings.append(f"{speed:.0f} characters a second, the middle is {middle:.0f}: is this its text?")
+
+
 def write_report(path: Path, clips: Sequence[ClipReport]) -> None:
     """One CSV row per clip."""
     columns = ("list", "file", "severity", "samples", "peak", "longest_constant", "clipped")
+    columns += ("offset", "level", "hum", "band_end")
     with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, "problems"])
@@ -156,6 +226,7 @@ def write_report(path: Path, clips: Sequence[ClipReport]) -> None:
 def report_text(clips: Sequence[ClipReport]) -> str:
     """Counts, and the first problems, errors before warnings."""
     count = Counter(clip.severity for clip in clips)
+    common = Counter(re.sub(r"-?\d[\d.]*", "...", warning) for clip in clips for warning in clip.warnings)
     lines = [
         f"{clip.severity}: {clip.file}: {'; '.join(clip.errors + clip.warnings)}"
         for severity in ("error", "warning")
@@ -164,4 +235,5 @@ def report_text(clips: Sequence[ClipReport]) -> str:
     ]
     more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     total = f"{len(clips)} clips: {count['error']} with errors, {count['warning']} with warnings, {count['ok']} good"
-    return "\n".join([*lines[:SHOWN], *more, total])
+    kinds = [f"{count} x {kind}" for kind, count in common.most_common() if count > SHOWN]
+    return "\n".join([*lines[:SHOWN], *more, *kinds, total])

@@ -1,11 +1,12 @@
 """A vocoder's training run: what it logs, shows and measures besides the steps of harness/loop.py."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 
-from audio import write_wav
+from audio import INT16_SCALE, write_wav
 from config import REMEDIES
 from data import ClipDataset, load_synthesis_entry, read_test_lists
 from evaluation.likelihood import ClipLikelihood, clip_likelihoods, summarise_lists
@@ -18,6 +19,7 @@ from harness.stopping import StopRequest, safe_point
 from training.expected import NEGATIVE_IS_RIGHT, Standing, expected_curve
 from training.trainer import Trainer
 
+MOST_CREDIBLE = math.log(INT16_SCALE)  # nats/sample: the whole density within one step of 16-bit audio
 COLUMNS = ("iteration", "loss", "prior", "log_det", "grad_norm", "learning_rate")  # of losses.csv
 
 
@@ -42,6 +44,7 @@ class VocoderLoop(Loop):
         self.test_clips, self.test_lists = test_clips, read_test_lists(trainer.config.data_config)
         self.expected = expected_curve(trainer.config, trainer.loader.dataset.lengths)
         self.losses: dict[int, float] = {}  # by iteration, of this start
+        self.credible = True  # whether no likelihood so far was beyond that
         self.samples_per_step = train.batch_size * trainer.config.data_config.segment_length
 
     def begin(self) -> None:
@@ -59,6 +62,13 @@ class VocoderLoop(Loop):
         """The speed of training and the expected loss to TensorBoard."""
         speed = len(steps) * self.samples_per_step / seconds
         self.log.scalar("train/samples_per_second", speed, steps[-1].iteration)
+        best = -min(step.results[0] for step in steps)
+        if self.credible and best > MOST_CREDIBLE:
+            self.credible = False
+            terminal.warn(
+                f"iteration {steps[-1].iteration}: {best:.1f} nats/sample are beyond what 16-bit audio can have "
+                f"({MOST_CREDIBLE:.1f}), as for silence; look at the files with --check_data"
+            )
         self.losses.update((step.iteration, step.results[0]) for step in steps)
         for point in self._expected_points(steps):
             self.log.scalars({"expected/loss": point.expected, "expected/of_this_run": point.loss}, point.iteration)

@@ -4,12 +4,15 @@ import csv
 
 import numpy as np
 import pytest
+import soxr
 import torch
 
 from audio import write_wav
 from config import DataConfig
 from corpora.check import SHOWN, _LongestRun, inspect_corpus, report_text
+from corpora.spectrum import find_band_end, power_frames
 from tests.support.experiments import RATE, run
+from tests.support.speech import speech
 
 DATA = DataConfig(segment_length=2048)
 
@@ -131,3 +134,38 @@ def test_the_command_reports_and_its_status_tells(config, corpus, tmp_path, caps
         rows = list(csv.DictReader(file))
     assert [row["severity"] for row in rows] == ["ok"] * 6 + ["error"] + ["ok"] * 2
     assert not list(table.parent.glob("waveflow_*"))
+
+
+# --- faults that can be heard
+
+
+def voice(seconds=3.0, rate=RATE, pitch=130):
+    return torch.from_numpy(speech(seconds, rate, pitch)).float()
+
+
+def test_an_offset_hum_and_a_band_that_ends_early_are_named(tmp_path):
+    assert found(tmp_path, voice()).warnings == []
+    [offset] = found(tmp_path, voice() + 0.03).warnings
+    assert offset.startswith("DC offset of 0.03")
+    time = torch.arange(3 * RATE) / RATE
+    for mains in (50, 60):
+        hum = sum(0.02 * torch.sin(2 * torch.pi * mains * k * time) for k in (1, 2, 3))
+        gaps = (torch.sin(2 * torch.pi * 0.7 * time) > 0).float()
+        assert found(tmp_path, voice() * gaps + hum).warnings == [f"mains hum at {mains} Hz and above"]
+    low = torch.from_numpy(soxr.resample(noise(24_000).numpy(), 8_000, RATE))
+    [band] = found(tmp_path, low).warnings
+    assert band.startswith(("nothing above 3.", "nothing above 4."))
+    assert find_band_end(power_frames(noise(60_000).numpy()), RATE) == 0
+
+
+def test_levels_and_texts_unlike_those_of_the_others_are_named(tmp_path):
+    files, texts = [], {}
+    for number in range(8):
+        files.append(str(tmp_path / f"{number}.wav"))
+        write_wav(files[-1], noise(9_000, number) * (0.01 if number == 3 else 1), RATE)
+        texts[files[-1]] = "ten letter" * (6 if number == 5 else 1)
+    clips = inspect_corpus(files[:6], files[6:], DATA, texts)
+    named = {clip.file: clip.warnings for clip in clips if clip.warnings}
+    assert set(named) == {files[3], files[5]}
+    assert named[files[3]][0].startswith("level -60 dB, the middle one is -20")
+    assert named[files[5]][0].startswith("147 characters a second, the middle is 24")
