@@ -56,7 +56,7 @@ def test_the_next_steps_are_those_of_the_code_that_wrote_it(resumed):
 def test_written_again_it_is_the_same_file(resumed):
     trainer, _ = resumed
     again, old = ckpt.load_checkpoint(trainer.save()), ckpt.load_checkpoint(DATA / "waveflow_5")
-    assert again.keys() == old.keys()
+    assert again.keys() - {"mel_statistics"} == old.keys()  # a new file also says what its mels are like
     for entry in ("model", "ema"):
         assert all(torch.equal(again[entry][name], value) for name, value in old[entry].items())
     assert list(again["model"]) == list(old["model"])  # the order of the optimizer's parameters
