@@ -161,8 +161,13 @@ class Checkpoint:
     sources: Collection[Path] = ()  # files named or asked for, which pruning spares
 
     @property
-    def has_stepped(self) -> bool:
-        """Tell whether any step was taken: not where all were skipped, since none was finite."""
+    def has_stepped(self) -> bool | None:
+        """Tell whether any step was taken: not where all were skipped, since none was finite; None where only some
+        parts were trained, whose parameters alone have moments.
+        """
+        settings = self.config.get("train_config") if self.config else None
+        if isinstance(settings, Mapping) and settings.get("trained_parts", "all") != "all":
+            return None
         skipped = self.training_state.get("bad_steps", 0) if isinstance(self.training_state, Mapping) else 0
         return not (type(skipped) is int and skipped >= self.iteration)
 

@@ -196,12 +196,12 @@ def load_optimizer(
     saved: Any,
     order: Sequence[str],
     remedy: str,
-    stepped: bool = True,
+    stepped: bool | None = True,
 ) -> None:
     """Restore the optimizer of `model` from its saved state, whose parameters 0, 1, ... have the names in `order`.
 
     How the optimizer computes (fused or not) stays as it was built; only the hyperparameters and moments are taken.
-    stepped: whether there must be moments.
+    stepped: whether there must be moments; None: of some parameters.
     InputError, which ends with `remedy`, where the state is damaged or of another model.
     """
     group, moments = checked(

@@ -41,12 +41,12 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
 
 
 def checked_optimizer(
-    saved: Any, order: Sequence[str], parameters: Mapping[str, Tensor], kind: str, stepped: bool = True
+    saved: Any, order: Sequence[str], parameters: Mapping[str, Tensor], kind: str, stepped: bool | None = True
 ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
     """Hyperparameters, and moments by the parameter's name, of a saved `state_dict`.
 
     order: names of the parameters that it numbers 0, 1, ...; kind: the optimizer's class; stepped: whether any step
-    can have been taken, so that there must be moments.
+    can have been taken, so that there must be moments; None: of some parameters.
     """
     require(isinstance(saved, Mapping), "it", type(saved).__name__)
     state, groups = saved.get("state"), saved.get("param_groups")
@@ -58,7 +58,7 @@ def checked_optimizer(
         raise ValueError("it knows other parameters")
     strays = [number for number in state if type(number) is not int or number not in numbers]
     require(not strays, "a parameter's number", strays[:1])
-    if len(state) < len(numbers) and (state or stepped):
+    if len(state) < len(numbers) and stepped is not None and (state or stepped):
         raise ValueError(f"it holds moments of {len(state)} of {len(numbers)} parameters")
     moments = {numbers[number]: _checked_moments(value, parameters[numbers[number]], kind, numbers[number])
                for number, value in state.items()}  # fmt: skip

@@ -172,7 +172,7 @@ def test_the_cost_of_an_epoch_is_said_before_it(tmp_path, images, capsys):
 
 
 def test_advice_names_a_checkpoint_only_where_there_is_one(tmp_path, images, capsys):
-    broken = ["--lr", 1e30, "--warmup", 0]
+    broken = ["--lr", 1e6, "--warmup", 0]
     data = ["--dataset", "folder", "--dataroot", images, "--batch_size", 4, "--output_dir", tmp_path / "run"]
     assert command(*MODEL, *data, *broken, "--max_iterations", 100, "--epochs", 1000) == 1
     error = capsys.readouterr().err.splitlines()[-1]
