@@ -199,10 +199,15 @@ def mean(values: Tensor) -> Tensor:
 
 
 def agree(stop: StopRequest) -> bool:
-    """Agree on stopping: where one process is to stop, all are, for the same reason."""
+    """Agree on stopping: where one process is to stop, all are, for the same reason.
+
+    A signal that comes while they agree is kept for the next time.
+    """
     if world_size() > 1:
         asked = torch.tensor([stop.signal or 0, bool(stop)])
         dist.all_reduce(asked, dist.ReduceOp.MAX)
-        stop.signal = int(asked[0]) or None
-        return bool(asked[1])
+        number, wanted = asked.tolist()
+        if number:
+            stop.signal = number
+        return bool(wanted)
     return bool(stop)

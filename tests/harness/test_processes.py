@@ -247,3 +247,15 @@ def test_a_batch_is_shared_evenly_or_refused(monkeypatch, config, capsys):
         ShuffledBatches(10, 4, seed=3, world_size=3)
     message = fails(capsys, "-c", config(train_config__accumulation_steps=3))
     assert "batch_size 2 cannot be split into accumulation_steps 3" in message
+
+
+def test_a_signal_that_comes_while_they_agree_is_not_lost(monkeypatch):
+    stop = StopRequest()
+
+    def all_reduce(asked, operation):  # what the processes asked before, none of them anything
+        stop._note(signal.SIGTERM, None)
+
+    monkeypatch.setattr("harness.processes.world_size", lambda: 2)
+    monkeypatch.setattr("harness.processes.dist.all_reduce", all_reduce)
+    assert not agree(stop)
+    assert stop.signal == signal.SIGTERM
