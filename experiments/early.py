@@ -22,6 +22,7 @@ CLAIM = Claim(
         _one("learned constants in the filter", variant="constants"),
         _one("learned correction of the bands", variant="bands"),
         _one("filters interpolated to half hops", variant="interpolated"),
+        _one("crops primed by their first hop", variant="primed"),
         _one("dither", variant="dither"),
         _one("mel conditioner before upsampling", variant="conditioner"),
         _one("rank-1 adapters instead of gates", variant="adapters"),

@@ -240,6 +240,32 @@ class LearnedGain(LinearPrediction):
         return coefficients, log_gain + self.LIMIT * torch.tanh(change / self.LIMIT)
 
 
+class PrimedPrediction(LinearPrediction):
+    """In training, the start of a crop is only the past that the rest is predicted from (own idea).
+
+    What comes before a crop is taken for zeros, so that its first samples cannot be predicted: errors of a kind that
+    whole clips, which begin in silence, do not have.
+    """
+
+    def forward(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
+        """`LinearPrediction.forward`; in training for the samples from the second hop on."""
+        residual, log_det = super().forward(audio, mel)
+        if not self.training:
+            return residual, log_det
+        hop = self.data.hop_length
+        return residual[:, hop:], log_det - super().forward(audio[:, :hop], mel)[1]
+
+
+class PrimedVocoder(FlowVocoder):
+    """The flows of a primed prediction, whose conditioning begins where its residual does; n_height divides the hop."""
+
+    def condition(self, mel: Tensor, n_samples: int) -> Tensor:
+        """`FlowVocoder.condition`; in training for the samples from the second hop on."""
+        conditioning = super().condition(mel, n_samples)
+        first = self.config.hop_length // self.config.n_height if self.training else 0
+        return conditioning[..., first:]
+
+
 # --- density of the noise -------------------------------------------------------------------------------------
 
 
@@ -326,6 +352,7 @@ VARIANTS = {
     "constants": Variant(prediction=LearnedConstants),
     "bands": Variant(prediction=LearnedBands),
     "gain": Variant(prediction=LearnedGain),
+    "primed": Variant(model=PrimedVocoder, prediction=PrimedPrediction),
     "student": Variant(prior=StudentPrior),
     "dither": Variant(dither=INT16_STEP),
 }
