@@ -74,7 +74,7 @@ def _last_above_noise(level: np.ndarray) -> int:
 
 
 def _mirrored(frames: np.ndarray, middle: float, end: int) -> bool:
-    """Whether bins from `middle` to `end` follow those below it, mirrored, in what loudness and the mean leave of them."""
+    """Whether bins from `middle` to `end` follow those below it, mirrored, beyond their means and the loudness."""
     upper = np.arange(int(middle) + 1, end)
     lower = np.round(2 * middle - upper).astype(int)
     if len(upper) < 2:
