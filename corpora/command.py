@@ -45,9 +45,11 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
         help="cut longer takes at their pauses, default 15")  # fmt: skip
     add("--level", choices=["keep", "peak", "loudness"], default=default.level,
         help="bring each take to a peak of 0.95 or to -23 LUFS; default: keep its level")  # fmt: skip
-    add("--valid", type=number(0), default=default.valid, metavar="SHARE", help="of the takes, default 0.05")
-    add("--test", type=number(0), default=default.test, metavar="SHARE", help="of the takes, default 0.05")
-    add("--by_speaker", action="store_true", help="hold out whole speakers, the first folders below IN")
+    add("--valid", type=number(0, maximum=0.5), default=default.valid, metavar="SHARE",
+        help="of the takes, default 0.05")  # fmt: skip
+    add("--test", type=number(0, maximum=0.5), default=default.test, metavar="SHARE", help="of the takes, default 0.05")
+    add("--by_speaker", action="store_true",
+        help="hold out whole speakers, the first folders below IN; default: some takes of each")  # fmt: skip
     parser.set_defaults(run=_prepare)
 
 

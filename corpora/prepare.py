@@ -41,7 +41,7 @@ class Preparation:
     level: str = "keep"  # or "peak", "loudness"
     valid: float = 0.05  # shares of the takes
     test: float = 0.05
-    by_speaker: bool = False  # hold out whole speakers, the first folders of the paths
+    by_speaker: bool = False  # hold out whole speakers, the first folders of the paths, instead of some takes of each
 
 
 @dataclass
@@ -229,7 +229,8 @@ def _assign(takes: Sequence[Take], folder: Path, how: Preparation) -> None:
     path = folder / "split.json"
     unit = (lambda take: take.speaker or take.below) if how.by_speaker else (lambda take: take.below)
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    sets = splits.assign(list(dict.fromkeys(map(unit, takes))), how.valid, how.test, known)
+    speakers = {} if how.by_speaker else {take.below: take.speaker for take in takes}
+    sets = splits.assign(list(dict.fromkeys(map(unit, takes))), how.valid, how.test, known, speakers)
     for take in takes:
         take.used_as = sets[unit(take)]
     with written_whole(path) as temporary:

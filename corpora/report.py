@@ -11,6 +11,7 @@ import torch
 from audio import LOG_FLOOR, MelSpectrogram, read_wav, shortest_audio
 from config import DataConfig
 from corpora.prepare import Take
+from corpora.splits import SETS
 from harness.files import written_whole
 
 MEASURED = 100  # clips, at most, whose mels are measured
@@ -34,14 +35,16 @@ def report_text(folder: Path, takes: Sequence[Take], data: DataConfig) -> str:
     left_out = [take for take in takes if take.problem]
     lines = [f"left out: {take.path}: {take.problem}" for take in left_out[:SHOWN]]
     lines += [f"... and {len(left_out) - SHOWN} more"] if len(left_out) > SHOWN else []
-    for name in ("train", "valid", "test"):
+    for name in SETS:
         clips = [clip for take in used if take.used_as == name for clip in take.clips]
         seconds = sum(clip.samples for clip in clips) / data.sampling_rate
         lines.append(f"{name}: {len(clips)} clips, {_duration(seconds)}")
     forms = Counter(f"{take.form} at {take.rate} Hz" for take in used)
     lines.append("recordings: " + ", ".join(f"{count} x {form}" for form, count in forms.most_common()))
     if speakers := {take.speaker for take in used if take.speaker}:
-        lines.append(f"speaker folders: {len(speakers)}")
+        of_sets = ((name, {take.speaker for take in used if take.used_as == name} & speakers) for name in SETS)
+        parts = ", ".join(f"{name} {len(some)}" for name, some in of_sets)
+        lines.append(f"speaker folders: {len(speakers)}; in {parts}")
     if levels := [take.loudness for take in used if math.isfinite(take.loudness)]:
         mean = sum(levels) / len(levels)
         lines.append(f"loudness as recorded: mean {mean:.1f} LUFS, {min(levels):.1f} to {max(levels):.1f}")

@@ -49,7 +49,8 @@ def test_every_kind_of_recording_becomes_clips(recordings, template, tmp_path, c
     assert stems == usable
     for words in ("silent.wav: silent", "short.wav: too short", "original.wav: the same audio as", "empty.wav: empty",
                   "page.mp3: a web page", "phone.m4a: cannot be read", "DC offset, removed: ", "clipped peaks",
-                  "speaker folders: 2", "loudness as recorded", "recorded below 22050 Hz", "mels of"):  # fmt: skip
+                  "speaker folders: 2; in train ", "loudness as recorded", "recorded below 22050 Hz",
+                  "mels of"):  # fmt: skip
         assert words in said, words
     for clip in clips:
         audio = read_wav(clip, RATE)
@@ -195,3 +196,31 @@ def test_a_set_is_a_matter_of_the_name():
     assert sorted(first.values()) == ["test", "train", "train", "valid"]
     assert assign([*few, "another"], 0.05, 0.05, first).items() >= first.items()
     assert assign(["one"], 0.5, 0.5, {"one": "train"}) == {"one": "train"}
+    old, *new = sorted(few, key=fraction_of)
+    assert assign([old, *new], 0.05, 0.05, {old: "train"})[old] == "train"  # though its number is the smallest
+
+
+def test_every_speaker_with_enough_takes_is_in_every_set():
+    sizes = {"ann": 400, "bob": 20, "cem": 19, "dot": 1}
+    speakers = {f"{name}/{n}.wav": name for name, size in sizes.items() for n in range(size)}
+    speakers |= {f"{n}.wav": "" for n in range(30)}
+    plain, sets = assign(list(speakers), 0.05, 0.05, {}), assign(list(speakers), 0.05, 0.05, {}, speakers)
+    for name in ("ann", "bob"):
+        assert {sets[unit] for unit in speakers if speakers[unit] == name} == {"train", "valid", "test"}
+    moved = [unit for unit in sets if sets[unit] != plain[unit]]
+    assert 1 <= len(moved) <= 2 and all(speakers[unit] == "bob" for unit in moved)
+
+    more = speakers | {f"cem/new{n}.wav": "cem" for n in range(21)} | {f"eve/{n}.wav": "eve" for n in range(20)}
+    later = assign(list(more), 0.05, 0.05, sets, more)
+    assert later.items() >= sets.items()
+    for name in ("cem", "eve"):
+        assert {later[unit] for unit in more if more[unit] == name} == {"train", "valid", "test"}
+
+
+def test_folders_are_speakers_of_every_set(template, tmp_path, capsys):
+    for name, pitch in (("ann", 190), ("bob", 110)):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for n in range(5):
+            soundfile.write(tmp_path / "own" / name / f"{n}.wav", speech(0.6, RATE, pitch + n), RATE)
+    assert prepare(template, tmp_path / "own", tmp_path / "out", "--test", 0.2, "--valid", 0.2) == 0
+    assert "speaker folders: 2; in train 2, valid 2, test 2" in capsys.readouterr().out
