@@ -9,9 +9,8 @@ The optimizer numbers its parameters in the order of the keys of `model`.
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from config import REMEDIES, Config
+from formats.names import RELEASED, is_stray, our_weights, to_published
+from formats.names import from_published as from_published
+from formats.names import is_released as is_released
 from harness import checkpoints, terminal
 from harness.checkpoints import random_state as random_state
 from harness.checkpoints import read_torch_file, save_whole
@@ -30,69 +32,7 @@ MEL_KEYS = {"sampling_rate", "filter_length", "hop_length", "win_length", "mel_f
 LEARNED_ANEW = {"upsample_strides": ".upsampler.convs.", "cin_channels": ".cond_conv."}  # keys, and whose shapes differ
 FILE_NAME = re.compile(r"waveflow_(\d{1,18})")
 
-# --- key names --------------------------------------------------------------------------------------------
-
-# Ours and the published: i numbers a flow, l a layer, u an upsampling (the published code counts its LeakyReLUs too);
-# t is the rest. e is where a variant keeps its estimators, f what each flow owns, p the projection of its transform.
-_NAMES = (
-    ("upsampler.convs.{u}.{t}", "upsample_conv.{u}.{t}"),
-    ("estimators.{i}.front_conv.{t}", "{e}.front_conv.0.conv.{t}"),
-    ("estimators.{i}.layers.{l}.gate_conv.{t}", "{e}.res_blocks.{l}.filter_gate_conv.conv.{t}"),
-    ("estimators.{i}.layers.{l}.cond_conv.{t}", "{e}.res_blocks.{l}.filter_gate_conv_c.{t}"),
-    ("estimators.{i}.layers.{l}.embed_conv.{t}", "{e}.res_blocks.{l}.filter_gate_conv_h.{t}"),
-    ("estimators.{i}.layers.{l}.res_skip_conv.{t}", "{e}.res_blocks.{l}.res_skip_conv.{t}"),
-    ("transforms.{i}.{t}", "{f}.{p}.{t}"),
-    ("gates.{i}", "flows.{i}.multgate"),
-)
-_PLACES = {
-    "waveflow": ("flows.{i}.coupling.net", "flows.{i}.coupling"),
-    "waveflow_official": ("flows.{i}.coupling.net", "flows.{i}.coupling"),
-    "nanoflow_naive": ("flow.coupling.net", "flow.coupling"),
-    "nanoflow_decomp": ("estimator.net", "flows.{i}"),
-    "nanoflow": ("estimator.net", "flows.{i}"),
-}
-_PROJECTIONS = {"affine": "proj_log_s_t", "spline": "proj"}
-
-
-@cache
-def _names(coupling_type: str, transform: str) -> tuple[tuple[str, str], ...]:
-    """The names of a variant: templates of ours and of the published."""
-    estimator, flow = _PLACES[coupling_type]
-    fixed = {"{e}": estimator, "{f}": flow, "{p}": _PROJECTIONS[transform]}
-
-    def fill(template: str) -> str:
-        for part, text in fixed.items():
-            template = template.replace(part, text)
-        return template
-
-    return tuple((ours, fill(published)) for ours, published in _NAMES)
-
-
-@cache
-def _pattern(template: str) -> re.Pattern[str]:
-    kinds = {"t": ".+", "i": r"\d{1,9}", "l": r"\d{1,9}", "u": r"\d{1,9}"}
-    return re.compile(re.sub(r"\\{(\w)\\}", lambda match: f"(?P<{match[1]}>{kinds[match[1]]})", re.escape(template)))
-
-
-def _renamed(name: str, pairs: Iterable[tuple[str, str]], upsampling: Callable[[int], int]) -> str:
-    for source, target in pairs:
-        if match := _pattern(source).fullmatch(name):
-            parts = {"i": "0", **match.groupdict()}  # what is shared has no number in its published name
-            parts["u"] = upsampling(int(parts.get("u", 0)))
-            return target.format(**parts)
-    return name
-
-
-def to_published(name: str, coupling_type: str, transform: str) -> str:
-    """The published name of one of our keys, which depends on what the variant shares."""
-    return _renamed(name, _names(coupling_type, transform), lambda number: 2 * number)
-
-
-def from_published(name: str) -> str:
-    """Our name of a published key of any variant; a name that is already ours is returned as it is."""
-    variants = (_names(coupling_type, transform) for coupling_type in _PLACES for transform in _PROJECTIONS)
-    pairs = dict.fromkeys((published, ours) for names in variants for ours, published in names)
-    return _renamed(name.removeprefix("module."), pairs, lambda number: number // 2)
+# --- weights into a model -----------------------------------------------------------------------------------
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "the weights") -> None:
@@ -104,7 +44,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     shown = lambda name: to_published(name, coupling_type, transform)  # noqa: E731
     if coupling_type == "waveflow" and is_released(state_dict):
         raise InputError(f"{source}: {RELEASED}; set waveflow_config.coupling_type to waveflow_official")
-    checkpoints.load_strictly(model, _our_weights(state_dict), source, shown)
+    checkpoints.load_strictly(model, our_weights(state_dict), source, shown)
 
 
 def load_fitting_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
@@ -112,30 +52,13 @@ def load_fitting_weights(model: nn.Module, state_dict: Mapping[str, Tensor], sou
 
     A warning says how many.
     """
-    weights, own = _our_weights(state_dict), model.state_dict()
+    weights, own = our_weights(state_dict), model.state_dict()
     other = {name.rpartition(".")[0] for name in own if name in weights and weights[name].shape != own[name].shape}
     other = {layer for layer in other if any(part in f".{layer}." for part in LEARNED_ANEW.values())}
     if other:
         terminal.warn(f"{source}: {len(other)} layers that take in the mel have other shapes and begin anew")
     kept = {name: own[name] if name.rpartition(".")[0] in other else value for name, value in weights.items()}
     load_weights(model, kept, source)
-
-
-RELEASED = "weights of the WaveFlow that its authors released (without proj_log_s_t.scale)"
-
-
-def is_released(state_dict: Mapping[str, Tensor]) -> bool:
-    """Recognise the weights of the WaveFlow that its authors released, in either layout: it scales no projection."""
-    names = {from_published(name) for name in state_dict}
-    return "transforms.1.conv.weight" in names and "transforms.0.scale" not in names and "gates.0" not in names
-
-
-def _our_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {from_published(name): value for name, value in state_dict.items() if not _is_stray(name)}
-
-
-def _is_stray(name: str) -> bool:
-    return name.removeprefix("module.") == "h_cache"  # a cached tensor that the published code saves
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -189,7 +112,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if type(iteration) is not int or not 0 <= iteration < 2**31:
         raise InputError(f"checkpoint {path}: 'iteration' is not a whole number, or out of range")
     average = {"ema": _checked_average(content["ema"], weights, path)} if "ema" in content else {}
-    return {**content, **average, "iteration": iteration, "model": _our_weights(weights)}
+    return {**content, **average, "iteration": iteration, "model": our_weights(weights)}
 
 
 def _content_of(weights: Mapping[str, Tensor], texts: Mapping[str, str], path: str | Path) -> dict[str, Any]:
@@ -214,7 +137,7 @@ def _checked_weights(content: Any, path: str | Path) -> Mapping[str, Tensor]:
     ):
         raise InputError(f"checkpoint {path}: holds no 'model' weights; expected a file written by train.py")
     for name, value in weights.items():
-        if value.is_floating_point() and not _is_stray(name) and not torch.isfinite(value).all():
+        if value.is_floating_point() and not is_stray(name) and not torch.isfinite(value).all():
             raise InputError(f"checkpoint {path}: {name} is not finite, its run had diverged; use an earlier one")
     return weights
 
@@ -225,7 +148,7 @@ def _checked_average(average: Any, weights: Mapping[str, Tensor], path: str | Pa
         own = average.get(name) if isinstance(average, Mapping) else None
         if not isinstance(own, Tensor) or own.shape != value.shape or not torch.isfinite(own).all():
             raise InputError(f"checkpoint {path}: its moving average 'ema' is damaged at {name}; use another one")
-    return _our_weights(average)
+    return our_weights(average)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

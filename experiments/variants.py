@@ -241,7 +241,7 @@ class LearnedGain(LinearPrediction):
 
 
 class PrimedPrediction(LinearPrediction):
-    """In training, the start of a crop is only the past that the rest is predicted from (own idea).
+    """Prediction that takes the start of a training crop only as the past of the rest (own idea).
 
     What comes before a crop is taken for zeros, so that its first samples cannot be predicted: errors of a kind that
     whole clips, which begin in silence, do not have.
@@ -257,7 +257,7 @@ class PrimedPrediction(LinearPrediction):
 
 
 class PrimedVocoder(FlowVocoder):
-    """The flows of a primed prediction, whose conditioning begins where its residual does; n_height divides the hop."""
+    """Vocoder of a primed prediction, whose conditioning begins where its residual does; n_height divides the hop."""
 
     def condition(self, mel: Tensor, n_samples: int) -> Tensor:
         """`FlowVocoder.condition`; in training for the samples from the second hop on."""

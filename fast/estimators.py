@@ -25,7 +25,7 @@ from fast.folding import (
     fold_skip,
     shrinkage,
 )
-from fast.gpu_training import FusedEstimator, can_fuse
+from fast.gpu_training import FusedEstimator, can_fuse, fits, padded
 from fast.winograd import GatedLayer, Geometry, Layer, Workspace, padding, product_weights
 from modules import Affine, Estimator, Flow, Spline, permute_rows, shift_down
 
@@ -120,9 +120,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def _suits_fused(conditioning: Tensor, flow: Flow) -> bool:
     """Choose them on CUDA in half precision, where layers are bound by memory; float32's three products are not."""
+    dtype = product_dtype(conditioning)
+    if not conditioning.is_cuda or dtype not in (torch.float16, torch.bfloat16):
+        return False
     weights = flow.transform.conv.weight_v if hasattr(flow.transform.conv, "weight_v") else flow.transform.conv.weight
-    half = product_dtype(conditioning) in (torch.float16, torch.bfloat16)
-    return conditioning.is_cuda and half and can_fuse(weights.size(1), -(-len(weights) // 16) * 16)
+    n_res, n_params = weights.size(1), -(-len(weights) // 16) * 16
+    return can_fuse(n_res, n_params) and fits(conditioning.device, dtype, n_res, n_params, padded(conditioning.size(1)))
 
 
 def _suits_winograd(conditioning: Tensor, n_layer: int) -> bool:

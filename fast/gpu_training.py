@@ -7,6 +7,7 @@ the inputs of the layers: the gate is computed again. `estimators.py` says when 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,11 @@ from fast.folding import EstimatorWeights, fold_projection, fold_residual, fold_
 from modules import Flow, permute_rows
 
 try:
+    from triton.runtime.errors import OutOfResources
+
     from fast import gpu_training_kernel as kernels
 except ImportError:  # no Triton
-    kernels = None
+    kernels, OutOfResources = None, MemoryError
 
 CONDITIONING_BLOCK = 32  # the conditioning's channels are padded to a multiple of this
 CHANNELS = (16, 32, 64, 128)  # that the kernels' blocks hold
@@ -49,9 +52,43 @@ class Layer(NamedTuple):
     skip: Tensor  # [R, P]
 
 
+def padded(n_conditioning: int) -> int:
+    """Channels of the conditioning as the kernels take them."""
+    return -(-n_conditioning // CONDITIONING_BLOCK) * CONDITIONING_BLOCK
+
+
 def can_fuse(n_res: int, n_params: int) -> bool:
     """Tell whether the kernels take a layer of so many channels and, padded, parameters."""
     return kernels is not None and n_res in CHANNELS and n_params <= MAX_PARAMS
+
+
+@cache
+def fits(device: torch.device, dtype: torch.dtype, n_res: int, n_params: int, n_conditioning: int) -> bool:
+    """Tell whether a device has the registers and the shared memory for the kernels, by one layer of a few columns.
+
+    A chip of the data centre has; others hold some 100 KB for a block, less than the layers of 64 channels and more
+    take. What is compiled for it is what training needs anyway.
+    """
+
+    def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=of, device=device, requires_grad=True)
+
+    layer = Layer(
+        taps=zeros(9, n_res, 2 * n_res),
+        conditioning=zeros(n_conditioning, 2 * n_res),
+        bias=zeros(2 * n_res, of=torch.float32),
+        residual=zeros(n_res, n_res),
+        residual_bias=zeros(n_res, of=torch.float32),
+        skip=zeros(n_res, n_params),
+    )
+    values = zeros(1, 1, 1, n_res), zeros(1, 1, 1, n_params, of=torch.float32), zeros(1, 1, 1, n_conditioning)
+    try:
+        with torch.enable_grad():
+            after, total = FusedLayer.apply((1, 1), *values, *layer)
+            (after.sum() + total.sum()).backward()
+    except OutOfResources:
+        return False
+    return True
 
 
 class FusedLayer(torch.autograd.Function):
@@ -207,7 +244,7 @@ class FusedEstimator:
         self, weights: EstimatorWeights, conditioning: Tensor, shrinks: list[float], dtype: torch.dtype
     ) -> None:
         self.weights, self.shrinks, self.dtype, self._rows = weights, shrinks, dtype, {}
-        n_padding = -conditioning.size(1) % CONDITIONING_BLOCK
+        n_padding = padded(conditioning.size(1)) - conditioning.size(1)
         self.conditioning = F.pad(conditioning.to(dtype), (0, 0, 0, 0, 0, n_padding))
         self.layers = [
             (

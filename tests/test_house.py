@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = [
     "fast",
+    "formats",
     "evaluation",
     "synthesis",
     "training",
@@ -21,7 +22,7 @@ PACKAGES = [
 # From the ground up; a room imports its own floor's package and those below, never above.
 FLOORS = [
     {"harness"},
-    {"config", "spline"},
+    {"config", "spline", "formats"},
     {"audio", "modules", "linear_prediction"},
     {"data", "corpora", "fast"},
     {"model"},

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fast import estimators
+from fast import estimators, gpu_training
 from fast.estimators import Execution
-from fast.gpu_training import FusedLayer, can_fuse
+from fast.gpu_training import FusedLayer, can_fuse, fits
 from modules import FlowLoss
 from tests.support.vocoders import random_input, random_vocoder
 
@@ -69,6 +69,33 @@ def test_layers_the_kernels_do_not_take_are_left_to_convolutions():
     assert can_fuse(128, 16) and not can_fuse(20, 16) and not can_fuse(64, 128)
     model = random_vocoder("nanoflow", res_channels=16)
     assert not estimators._suits_fused(torch.zeros(1), model.flows()[0])  # not on CUDA
+
+
+class OnACard:
+    """A tensor of the interpreter that says it is on a card, for the choice alone."""
+
+    def __init__(self, dtype):
+        self.is_cuda, self.dtype, self.device = True, dtype, torch.device(DEVICE)
+
+    def size(self, _):
+        return 80
+
+
+@pytest.mark.parametrize("kernel", ["forward", "gate_backward", "hidden_backward", "taps_backward"])
+def test_cards_without_room_for_a_kernels_blocks_are_left_to_convolutions(kernel, monkeypatch):
+    model = random_vocoder("nanoflow", res_channels=16)
+    fits.cache_clear()
+    assert estimators._suits_fused(OnACard(torch.float16), model.flows()[0])
+    assert not estimators._suits_fused(OnACard(torch.float32), model.flows()[0])
+
+    class TooLarge:
+        def __getitem__(self, grid):
+            raise gpu_training.OutOfResources(120_000, 101_376, "shared memory")
+
+    fits.cache_clear()
+    monkeypatch.setattr(gpu_training.kernels, f"{kernel}_kernel", TooLarge())
+    assert not estimators._suits_fused(OnACard(torch.float16), model.flows()[0])
+    fits.cache_clear()
 
 
 def test_a_fused_layer_keeps_only_its_inputs(fused):
