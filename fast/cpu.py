@@ -61,6 +61,11 @@ class CpuEngine:
         self.tile = max(1, tile // self.unit) * self.unit
         self.upsampler, self.flows = upsampler, fold_flows(flows, dtype, self.queue.arrange)
 
+    @property
+    def choices(self) -> dict[str, str]:
+        """Queue and tile of the layer steps, for a run's record."""
+        return {"queue": self.queue.__name__, "tile": f"{self.tile} columns"}
+
     def synthesize_many(self, clips: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """(mel [M, F], noise z [h, W]) of any lengths -> audio [h*W] of each, as if it were alone."""
         placed, start = [], 0

@@ -114,6 +114,11 @@ class SynthesisEngine:
             )
         return torch.stack(self.synthesize_many([(m, noise[0]) for m, noise in zip(mel, z, strict=True)]))
 
+    @property
+    def choices(self) -> dict[str, str]:
+        """Choices of the back end so far, such as kernels by their speed, for a run's record."""
+        return self.back_end.choices
+
     @torch.inference_mode(False)  # what is kept for the next call can be written in any mode
     @torch.no_grad()
     def synthesize_many(self, clips: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -63,6 +63,8 @@ def _take(file: IO[str], folder: Path) -> None:
 
 def record_start(folder: Path, config: dict[str, Any], **facts: Any) -> None:
     """Write down what this start runs: `config.json`, every key spelt out, and one more line in `run_record.jsonl`."""
+    with written_whole(folder / CONFIG_NAME) as temporary:
+        temporary.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
     record = {
         "started": _now(),
         "command": shlex.join([sys.executable, *sys.argv]),
@@ -77,8 +79,19 @@ def record_start(folder: Path, config: dict[str, Any], **facts: Any) -> None:
         **facts,
         "config": config,
     }
-    with written_whole(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+    _append(folder, record)
+
+
+def record_more(folder: Path, **facts: Any) -> None:
+    """Write down what turned out during a run, or was made with it later: one more line in its `run_record.jsonl`.
+
+    A folder without that file is no run's, and stays as it is.
+    """
+    if (folder / RECORD_NAME).is_file():
+        _append(folder, {"written": _now(), **facts})
+
+
+def _append(folder: Path, record: dict[str, Any]) -> None:
     table = Appended(folder / RECORD_NAME)
     try:
         table.write(json.dumps(record) + "\n")

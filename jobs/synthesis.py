@@ -16,6 +16,7 @@ from evaluation.comparison import compare_with_recording
 from harness import terminal
 from harness.errors import InputError
 from harness.files import written_whole
+from harness.folder import record_more
 from harness.processes import gather, is_main, share
 from jobs.inputs import check_input, find_inputs, read_recording
 from vocoder import PLAIN, Clip, Finish, Sound, Vocoder
@@ -67,6 +68,8 @@ def synthesize_all(vocoder: Vocoder, entries: Sequence[str], request: Request, c
         terminal.say(f"{len(entries)} clip(s): {_speed(samples, seconds, vocoder.sampling_rate)}")
         if request.output != STDOUT:
             terminal.say(f"{request.format}s: {folder}")
+            if is_main():
+                record_more(config.run_folder, output=str(folder), synthesis=vocoder.engine.choices)
 
 
 def _folder(request: Request, temp: float, config: Config, name: str) -> Path:

@@ -11,7 +11,9 @@ from config import REMEDIES
 from data import ClipDataset, load_synthesis_entry, read_test_lists
 from evaluation.likelihood import ClipLikelihood, clip_likelihoods, summarise_lists
 from evaluation.pictures import mel_figure
+from fast.engine import engine_of
 from harness import terminal
+from harness.folder import record_more
 from harness.log import NoLog, RunLog
 from harness.loop import Loop, Step
 from harness.processes import gather, is_main
@@ -44,6 +46,7 @@ class VocoderLoop(Loop):
         self.test_clips, self.test_lists = test_clips, read_test_lists(trainer.config.data_config)
         self.expected = expected_curve(trainer.config, trainer.loader.dataset.lengths)
         self.losses: dict[int, float] = {}  # by iteration, of this start
+        self.recorded = False  # whether the kernels of the samples are
         self.credible = True  # whether no likelihood so far was beyond that
         self.samples_per_step = train.batch_size * trainer.config.data_config.segment_length
 
@@ -144,6 +147,10 @@ class VocoderLoop(Loop):
         if not torch.isfinite(audio).all():
             terminal.say("the sample is not finite and was not written; the model may need more training")
             return
+        if not self.recorded:
+            self.recorded = True
+            choices = engine_of(trainer.evaluated).choices
+            record_more(trainer.folder, iteration=trainer.iteration, synthesis=choices)
         write_wav(trainer.folder / "samples" / f"waveflow_{trainer.iteration}.wav", audio, data.sampling_rate)
         mels = {"recording": mel, "synthesis": self.test_clips.mel(audio.clamp(-1, 1))}
         self.log.audio("sample", audio, data.sampling_rate, trainer.iteration)

@@ -15,7 +15,7 @@ import torch
 from config import load_config
 from harness import folder as folders
 from harness.errors import InputError
-from harness.folder import clear, git_commit, locked_run, record_start, require_empty, require_only
+from harness.folder import clear, git_commit, locked_run, record_more, record_start, require_empty, require_only
 from tests.support.experiments import fails, run
 
 FORK = multiprocessing.get_context("fork")
@@ -94,7 +94,8 @@ def test_a_run_folder_says_what_was_run(config, tmp_path, monkeypatch):
     path, folder = config(), tmp_path / "runs" / "tiny"
     assert run("-c", path, "--max_iterations", 4) == 0
     assert run("-c", path, "--max_iterations", 5, "--resume", "latest") == 0
-    first, second = map(json.loads, (folder / folders.RECORD_NAME).read_text().splitlines())
+    lines = map(json.loads, (folder / folders.RECORD_NAME).read_text().splitlines())
+    first, second = (line for line in lines if "started" in line)
     assert first["config"] == json.loads(json.dumps(load_config(path).to_dict()))
     assert first["command"].endswith("train.py -c 'a b.json'") and first["directory"] == os.getcwd()
     assert (first["python"], first["torch"], first["version"]) == (
@@ -130,6 +131,26 @@ def test_a_record_of_facts_is_appended_whole(tmp_path):
 
 
 # --- refusing and clearing
+
+
+def test_what_turns_out_later_is_added_to_the_record_of_a_run_only(tmp_path):
+    record_more(tmp_path, synthesis={"queue": "one"})
+    assert list(tmp_path.iterdir()) == []
+    record_start(tmp_path, {})
+    record_more(tmp_path, synthesis={"queue": "one"})
+    first, second = (json.loads(line) for line in (tmp_path / folders.RECORD_NAME).read_text().splitlines())
+    assert "started" in first and "started" not in second and second["synthesis"] == {"queue": "one"}
+
+
+def test_the_kernels_of_synthesis_are_in_the_record(trained):
+    path, folder = trained
+    record = folder / folders.RECORD_NAME
+    [once] = [more for more in map(json.loads, record.read_text().splitlines()) if "synthesis" in more]
+    assert once["iteration"] == 4 and once["synthesis"]["queue"] == "WinogradQueue"  # of the first of two samples
+    assert run("-c", path, "--synthesize", "--precision", "bfloat16") == 0
+    last = json.loads(record.read_text().splitlines()[-1])
+    assert last["synthesis"]["queue"] in ("DirectQueue", "WinogradQueue")  # the former where there are such products
+    assert str(folder / "synthesis") in last["output"]
 
 
 def test_a_new_run_needs_an_empty_folder(tmp_path):
