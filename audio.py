@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from config import DataConfig
+from harness.arrays import map_array, read_header
 from harness.errors import InputError
 from harness.files import written_whole
 from harness.settings import parse_section
@@ -321,7 +322,7 @@ def mel_frames(path: str | Path, n_mel_channels: int) -> int:
     """Frames of a saved mel; of an .npy that is [n_mel_channels, F], by its header alone."""
     if Path(path).suffix.lower() == ".npy" and os.path.isfile(path):
         try:
-            shape = np.lib.format.open_memmap(path, mode="r").shape
+            shape = read_header(path).shape
             if len(shape) == 2 and shape[0] == n_mel_channels:
                 return shape[1]
         except (ValueError, OSError):
@@ -372,11 +373,7 @@ def _check_mel_shape(mel: Tensor, name: str | Path, n_mel_channels: int) -> None
 
 
 def _load_npy(path: str | Path) -> Tensor:
-    # Mapped, not read: a header that promises 2^40 frames fails against the file's size, before any allocation.
-    # And not np.load, which takes archives and pickles too.
-    array = np.lib.format.open_memmap(path, mode="r")
-    if array.nbytes > MAX_MEL_BYTES:
-        raise ValueError(f"{array.nbytes} bytes, at most {MAX_MEL_BYTES} are accepted")
+    array = map_array(path, MAX_MEL_BYTES)
     # Copied to this machine's byte order, and out of the mapping.
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 

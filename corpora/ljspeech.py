@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corpora.lists import FileLists, write_lists
-from harness.downloads import RemoteArchive, download, unpack
+from harness.downloads import RemoteArchive, damage_named, download, unpack
 from harness.errors import InputError
+from harness.files import read_text
+
+MAX_METADATA_BYTES = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ def _listed_clips(source: Path, corpus: Corpus) -> list[str]:
     metadata = source / "metadata.csv"
     if not metadata.is_file():
         raise InputError(f"{source}: no metadata.csv there; expected an unpacked {corpus.folder}")
-    lines = metadata.read_text(encoding="utf-8", errors="replace").split("\n")
+    with damage_named(metadata, "cannot be read"):
+        lines = read_text(metadata, MAX_METADATA_BYTES, errors="replace").split("\n")
     clips = [str(source / "wavs" / f"{name}.wav") for name in sorted(line.split("|")[0] for line in lines if line)]
     missing = [clip for clip in clips if not os.path.isfile(clip)]
     if missing or len(clips) != corpus.n_clips:

@@ -25,10 +25,12 @@ from corpora.loudness import gain, loudness
 from corpora.recordings import Source, find_sources, read_recording
 from corpora.segments import find_segments
 from harness import terminal
+from harness.downloads import damage_named
 from harness.errors import InputError
-from harness.files import Appended, written_whole
+from harness.files import Appended, read_text, written_whole
 
 MIN_SECONDS = 0.3  # of a clip; what is shorter is no speech
+MAX_NOTES_BYTES = 2**28
 SILENT = 1e-4  # peak below which nothing can be heard, -80 dBFS
 
 
@@ -204,11 +206,13 @@ def _read_notes(folder: Path) -> dict[str, Take]:
     """Takes noted by earlier runs, by path; a line that was cut short by a crash is left out."""
     notes = {}
     if (folder / "takes.jsonl").is_file():
-        for line in (folder / "takes.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        with damage_named(folder / "takes.jsonl", "cannot be read; remove it, its takes are made anew"):
+            lines = read_text(folder / "takes.jsonl", MAX_NOTES_BYTES, errors="replace").splitlines()
+        for line in lines:
             try:
                 values: dict[str, Any] = json.loads(line)
                 notes[values["path"]] = Take(**{**values, "clips": [Clip(**clip) for clip in values["clips"]]})
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
     return notes
 
@@ -228,13 +232,22 @@ def _mark_duplicates(takes: Sequence[Take]) -> None:
 def _assign(takes: Sequence[Take], folder: Path, how: Preparation) -> None:
     path = folder / "split.json"
     unit = (lambda take: take.speaker or take.below) if how.by_speaker else (lambda take: take.below)
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = _known_sets(path) if path.is_file() else {}
     speakers = {} if how.by_speaker else {take.below: take.speaker for take in takes}
     sets = splits.assign(list(dict.fromkeys(map(unit, takes))), how.valid, how.test, known, speakers)
     for take in takes:
         take.used_as = sets[unit(take)]
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(known | sets, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _known_sets(path: Path) -> dict[str, str]:
+    """The set of each unit that an earlier run chose. Raises InputError."""
+    with damage_named(path, "holds no sets of takes; mend it, or remove it for a new split"):
+        known = json.loads(read_text(path, MAX_NOTES_BYTES))
+        if not isinstance(known, dict) or not all(name in splits.SETS for name in known.values()):
+            raise ValueError(f"expected {', '.join(splits.SETS)} by name")
+    return known
 
 
 def _write_config(folder: Path, config: Config, lists: FileLists) -> None:

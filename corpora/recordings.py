@@ -10,6 +10,7 @@ import numpy as np
 
 from harness.downloads import damage_named
 from harness.errors import InputError
+from harness.files import open_file, read_bytes
 from harness.lists import read_entries
 
 # Suffixes of recordings; libsndfile reads all but the last few, which are named with what to do about them.
@@ -20,6 +21,8 @@ KNOWN = {
 LISTS = {"txt", "csv", "tsv", "lst", "scp", "jsonl", "json"}
 BLOCK = 2**20  # frames read at a time
 MAX_HOURS = 6  # of one recording; it is held in memory at the new rate
+MAX_FILE_BYTES = 2**36  # six hours of many channels
+MAX_STREAMED_BYTES = 2**32  # of a wav whose header was written before its length was known, the most that wavs can have
 STEP = 2.0**-15  # of 16-bit audio
 CLIPPED_RUN = 3  # samples in a row at full scale; a single one may be a genuine peak
 
@@ -91,7 +94,7 @@ def read_recording(path: Path, rate: int) -> Recording:
 
 
 def _check_beginning(path: Path) -> None:
-    with open(path, "rb") as file:
+    with open_file(path, MAX_FILE_BYTES) as file:
         beginning = file.read(64).lstrip()
     if not beginning:
         raise InputError(f"{path}: empty")
@@ -126,7 +129,7 @@ def _read(file: "soundfile.SoundFile", path: Path, rate: int) -> Recording:  # n
 
 def _mended(path: Path) -> io.BytesIO:
     """A file without frames; if it is a wav written into a pipe, with what its header promises put right."""
-    content = bytearray(path.read_bytes())
+    content = bytearray(read_bytes(path, MAX_STREAMED_BYTES))
     if content[:4] == b"RIFF" and (data := content.find(b"data", 12)) > 0 and not any(content[data + 4 : data + 8]):
         content[4:8] = struct.pack("<L", len(content) - 8)
         content[data + 4 : data + 8] = struct.pack("<L", len(content) - data - 8)

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness import terminal
-from harness.errors import InputError
+from harness.errors import InputError, reason
 
 CHUNK = 1 << 20  # bytes read at a time
 TIMEOUT = 60  # seconds without a byte before a download is given up
@@ -135,8 +135,7 @@ def damage_named(path: str | Path, complaint: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"{path}: {complaint} ({reason})") from None
+        raise InputError(f"{path}: {complaint} ({reason(error)[:120]})") from None
 
 
 def _check_space(folder: Path, needed: int) -> None:

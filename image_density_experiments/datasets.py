@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.arrays import map_array, read_archive
 from harness.downloads import RemoteFile, check_file, damage_named, download
 from harness.errors import InputError
-from harness.files import written_whole
+from harness.files import read_bytes, written_whole
 from image_density_experiments.folders import every_tenth
 from image_density_experiments.own_images import load_own_images
 from image_density_experiments.pickles import read_arrays
@@ -38,6 +39,8 @@ SVHN_TEST = RemoteFile(
     sha256="cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
     size=64_275_384,
 )
+IMAGENET_CLASSES = 1000
+MAX_BATCH_BYTES = 2**26  # of CIFAR-10; they have 31 MB
 PATCH, TRAIN_STRIDE, TEST_STRIDE = 32, 8, 16  # pixels
 
 
@@ -111,9 +114,9 @@ def _cifar_reader(dataroot: Path, allow_download: bool) -> Callable[[str], tuple
     """A function from the name of a batch to its images and labels."""
     for folder in (dataroot, dataroot / "cifar-10-batches-py", dataroot / "cifar-10-batches-bin"):
         if (folder / "test_batch").is_file():
-            return lambda name: _cifar_pickle((folder / name).read_bytes(), folder / name)
+            return lambda name: _cifar_pickle(_batch(folder / name), folder / name)
         if (folder / "test_batch.bin").is_file():
-            return lambda name: _cifar_records((folder / f"{name}.bin").read_bytes(), folder / f"{name}.bin")
+            return lambda name: _cifar_records(_batch(folder / f"{name}.bin"), folder / f"{name}.bin")
     in_python = dataroot.name == CIFAR10_PYTHON.name or (
         (dataroot / CIFAR10_PYTHON.name).is_file() and not (dataroot / CIFAR10.name).is_file()
     )
@@ -126,6 +129,11 @@ def _cifar_reader(dataroot: Path, allow_download: bool) -> Callable[[str], tuple
         return (_cifar_pickle if in_python else _cifar_records)(content, path)
 
     return read
+
+
+def _batch(path: Path) -> bytes:
+    with damage_named(path, "not a batch of CIFAR-10"):
+        return read_bytes(path, MAX_BATCH_BYTES)
 
 
 def _cifar_records(content: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -192,7 +200,7 @@ def _imagenet(size: int, dataroot: Path, allow_download: bool) -> ImageData:
             f"{dataroot}: no train_data_batch_1.npz ... and val_data.npz of downsampled ImageNet there; image-net.org "
             "gives them out after registration, so --download cannot"
         )
-    return ImageData(_imagenet_split(train, size), _imagenet_split([validation], size), n_classes=1000)
+    return ImageData(_imagenet_split(train, size), _imagenet_split([validation], size), n_classes=IMAGENET_CLASSES)
 
 
 def _imagenet_split(files: Sequence[Path], size: int) -> Split:
@@ -204,16 +212,26 @@ def _unpacked_npz(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images as a memory map [N, size, size, 3], and labels [N]; the map is written beside the file on first use."""
     unpacked = path.with_suffix(".images.npy")
     complaint = f"not a file of ImageNet at {size}x{size}"
-    with damage_named(path, complaint), np.load(path, allow_pickle=False) as content:
-        labels = np.asarray(content["labels"]).astype(np.int64).reshape(-1) - 1
+    with damage_named(path, complaint):
+        content = read_archive(path)
+        labels = _imagenet_labels(content["labels"])
         if not unpacked.is_file():
             with written_whole(unpacked) as temporary, open(temporary, "wb") as file:
                 np.save(file, content["data"].reshape(-1, 3, size, size))
+        del content
     with damage_named(unpacked, "cannot be read; remove it, it is made anew"):
-        images = np.load(unpacked, mmap_mode="r", allow_pickle=False)
+        images = map_array(unpacked)
     if images.shape != (len(labels), 3, size, size) or images.dtype != np.uint8:
         raise InputError(f"{unpacked}: shape {list(images.shape)} of {images.dtype}; remove it, it is made anew")
     return images.transpose(0, 2, 3, 1), labels
+
+
+def _imagenet_labels(values: np.ndarray) -> np.ndarray:
+    """Numbers of the classes [N] from 0; in the files they count from 1."""
+    labels = values.reshape(-1)
+    if labels.dtype.kind not in "iu" or not labels.size or labels.min() < 1 or labels.max() > IMAGENET_CLASSES:
+        raise ValueError(f"labels of {labels.dtype}, expected 1 to {IMAGENET_CLASSES}")
+    return labels.astype(np.int64) - 1
 
 
 DATASETS: dict[str, Callable[[Path, bool], ImageData]] = {

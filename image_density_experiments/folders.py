@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.errors import InputError
-from image_density_experiments.pictures import SUFFIXES
+from harness.errors import InputError, reason
+from harness.files import RefusedFile, open_file
+from image_density_experiments.pictures import MAX_PICTURE_BYTES, SUFFIXES
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # the first that is there is for test
@@ -94,11 +95,19 @@ def _without_copies(groups: Sequence[Sequence[Path]]) -> tuple[list[list[Path]],
     for group in groups:
         kept.append([])
         for path in group:
-            key = hashlib.sha256(path.read_bytes()).digest() if n_of_size[sizes[path]] > 1 else path
+            key = _digest(path) if n_of_size[sizes[path]] > 1 else path
             if key not in seen:
                 kept[-1].append(path)
             seen.add(key)
     return kept, len(sizes) - sum(map(len, kept))
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        with open_file(path, MAX_PICTURE_BYTES) as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except (RefusedFile, OSError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({reason(error)}); mend or remove it") from None
 
 
 Parents = list[tuple[str, ...]]  # of each file, the folders it lies in below the split's

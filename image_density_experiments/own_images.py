@@ -1,11 +1,13 @@
 """The user's own images as a dataset: a folder of picture files, or one file of arrays."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from harness.arrays import map_array, read_archive
 from harness.downloads import damage_named
 from harness.errors import InputError
 from image_density_experiments.folders import FileSplit, every_tenth, lay_out
@@ -15,7 +17,7 @@ from image_density_experiments.pictures import (
     read_header,
     read_picture,
 )
-from image_density_experiments.splits import ImageData, SelectedImages, Split
+from image_density_experiments.splits import MAX_CLASSES, ImageData, SelectedImages, Split
 
 SCANNED = 200  # headers read to tell grey from coloured pictures, where sizes need not agree
 IMAGE_NAMES, LABEL_NAMES = ("images", "data", "x", "arr_0"), ("labels", "y", "arr_1")  # in a .npz
@@ -25,7 +27,7 @@ ARRAYS = "(N, H, W) or (N, H, W, C) or (N, C, H, W) of uint8, uint16 or bool wit
 
 def load_own_images(dataroot: Path, form: ImageForm) -> ImageData:
     """The images of a folder, see `folders.lay_out`, or of a .npy or .npz file. Raises InputError."""
-    if not dataroot.exists():
+    if not os.path.exists(dataroot):  # false, too, of names that no file can have
         raise InputError(f"{dataroot}: not there; --dataset folder needs --dataroot, a folder of images or an array")
     return _from_folder(dataroot, form) if dataroot.is_dir() else _from_arrays(dataroot, form)
 
@@ -100,8 +102,7 @@ class FolderImages:
 
 def _from_arrays(path: Path, form: ImageForm) -> ImageData:
     with damage_named(path, "cannot be read as an array; expected .npy or .npz"):
-        content = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-        arrays = {"images": content} if isinstance(content, np.ndarray) else dict(content.items())
+        arrays = read_archive(path) if path.suffix == ".npz" else {"images": map_array(path)}
     if "x_train" in arrays and "x_test" in arrays:
         splits = [_array_split(path, arrays, [name], form, [f"y{name[1:]}"]) for name in ("x_train", "x_test")]
     else:
@@ -147,9 +148,10 @@ def _images_last(path: Path, images: np.ndarray) -> np.ndarray:
 
 def _checked_labels(path: Path, labels: np.ndarray, n: int) -> np.ndarray:
     labels = labels.reshape(-1)
-    if len(labels) != n or labels.dtype.kind not in "iu" or labels.min() < 0:
+    if len(labels) != n or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= MAX_CLASSES:
         raise InputError(
-            f"{path}: {len(labels)} labels of {labels.dtype} for {n} images; expected whole numbers from 0"
+            f"{path}: {len(labels)} labels of {labels.dtype} for {n} images; expected whole numbers from 0, below "
+            f"{MAX_CLASSES}"
         )
     return labels.astype(np.int64)
 

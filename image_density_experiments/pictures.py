@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from harness.errors import InputError
+from harness.errors import InputError, reason
+from harness.files import RefusedFile, open_file, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +28,7 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+MAX_PICTURE_BYTES = 2**29
 MAX_PIXELS = 1 << 27  # 134 million: a header that claims more is refused before anything is decoded
 GREY_MODES = ("1", "L", "LA", "La", "I")
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262  # tags
@@ -78,6 +80,14 @@ def read_picture(path: Path, form: ImageForm) -> np.ndarray:
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
         return to_pixels(image, form)
+
+
+def picture_bytes(path: Path) -> bytes:
+    """Content of a picture's file, undecoded. Raises InputError."""
+    try:
+        return read_bytes(path, MAX_PICTURE_BYTES)
+    except (RefusedFile, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)}); mend or remove it") from None
 
 
 def is_grey(image: "Image") -> bool:
@@ -154,20 +164,20 @@ def _opened(path: Path) -> Iterator["Image"]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes: those are checked here
-            with Image.open(path, formats=FORMATS) as image:
+            with open_file(path, MAX_PICTURE_BYTES) as file, Image.open(file, formats=FORMATS) as image:
                 _check(image)
                 yield image
     except UnidentifiedImageError:
-        reason = f"its content is none of {', '.join(FORMATS)}"
+        what = f"its content is none of {', '.join(FORMATS)}"
     except InputError as error:
-        reason = str(error)
+        what = str(error)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+        what = " ".join(reason(error).split())
     except (TypeError, KeyError, IndexError, ArithmeticError, EOFError, RuntimeError, MemoryError) as error:
-        reason = " ".join(f"{type(error).__name__} {error}".split())  # a decoder stumbled over arbitrary bytes
+        what = " ".join(f"{type(error).__name__} {error}".split())  # a decoder stumbled over arbitrary bytes
     else:
         return
-    raise InputError(f"{path}: cannot be read as an image ({reason}); mend or remove it") from None
+    raise InputError(f"{path}: cannot be read as an image ({what}); mend or remove it") from None
 
 
 def _check(image: "Image") -> None:

@@ -17,6 +17,7 @@ import torch
 from harness import terminal
 from harness.checkpoints import checked, read_torch_file
 from harness.errors import InputError
+from harness.files import read_text
 from harness.folder import CONFIG_NAME
 from harness.processes import is_main, on_main
 from harness.settings import parse_section
@@ -25,7 +26,7 @@ from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.datasets import OWN, load_images
 from image_density_experiments.model import ImageFlow, ImageModelConfig
 from image_density_experiments.options import DATASETS_FOLDER, DataOptions, Options, TrainOptions
-from image_density_experiments.pictures import ImageForm
+from image_density_experiments.pictures import ImageForm, picture_bytes
 from image_density_experiments.splits import ImageData, Split
 
 Start = dict[str, Any]  # what `checkpoint.load_checkpoint` returns, and the `path`
@@ -33,6 +34,7 @@ Start = dict[str, Any]  # what `checkpoint.load_checkpoint` returns, and the `pa
 RUNS_OWN = ("batch_size", "epochs", "lr", "warmup", "weight_decay", "y_weight", "max_grad_clip", "max_grad_norm")
 RUNS_OWN += ("n_init_batches", "seed", "augmented", "amp")
 RESUMED_AS_BEGUN = ("batch_size", "lr", "warmup", "weight_decay", "seed", "n_init_batches")
+MAX_RECORD_BYTES = 2**20
 COMPARED = 16  # images of a split that tell it from another one
 
 # --- where it starts --------------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ def _saved_data(start: Start | None) -> dict[str, Any]:
     if start is not None and not saved:  # an older checkpoint: its folder knows at least the name
         record = start["path"].parent / CONFIG_NAME
         try:
-            saved = {"dataset": json.loads(record.read_text(encoding="utf-8"))["dataset"]}
+            saved = {"dataset": json.loads(read_text(record, MAX_RECORD_BYTES))["dataset"]}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
     return {name: value for name, value in saved.items() if value is not None}
@@ -203,7 +205,7 @@ def identity(data: ImageData) -> str:
 def _content(split: Split, index: int) -> bytes:
     """A file as it is, which does not depend on who decodes it, or the pixels of an array."""
     files: Sequence[Path] | None = getattr(split.images, "files", None)
-    return np.ascontiguousarray(split.images[index]).tobytes() if files is None else files[index].read_bytes()
+    return np.ascontiguousarray(split.images[index]).tobytes() if files is None else picture_bytes(files[index])
 
 
 # --- its model --------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+MAX_CLASSES = 2**16  # of a dataset
+
 
 class ImageSequence(Protocol):
     """An array [N, H, W, C] of uint8, or what looks like one."""

@@ -12,14 +12,21 @@ import torch
 import checkpoint as ckpt
 from audio import read_mel
 from config import load_config
+from corpora.ljspeech import LJSPEECH, prepare_corpus
 from data import read_file_list
 from harness import folder as folders
+from harness.arrays import read_archive
+from harness.downloads import damage_named
 from harness.errors import InputError
 from harness.files import Appended, RefusedFile, read_bytes
 from harness.folder import locked_run, record_start
 from harness.log import RunLog
 from image_density_experiments import checkpoint as image_ckpt
 from image_density_experiments.compare import read_run
+from image_density_experiments.datasets import load_images
+from image_density_experiments.options import read_options
+from image_density_experiments.pictures import ImageForm, read_picture
+from image_density_experiments.runs import data_options
 
 SPARSE = 2**33
 
@@ -69,7 +76,52 @@ def compared(path):
     read_run(path.parent)
 
 
+def picture(path):
+    read_picture(path, ImageForm())
+
+
+def batch(path):
+    """As one of CIFAR-10, unpacked."""
+    folder = path.parent / "cifar"
+    folder.mkdir()
+    path.rename(folder / "data_batch_1")
+    (folder / "test_batch").write_bytes(b"")
+    load_images("cifar10", folder)
+
+
+def archive(path):
+    with damage_named(path, "no archive"):
+        read_archive(path)
+
+
+def imagenet(path):
+    path.rename(path.with_name("train_data_batch_1.npz"))
+    np.savez(path.with_name("val_data.npz"), data=np.zeros((1, 3072), np.uint8), labels=np.ones(1, np.int64))
+    load_images("imagenet32", path.parent)
+
+
+def metadata(path):
+    path.rename(path.with_name("metadata.csv"))
+    prepare_corpus(path.parent / "corpus", LJSPEECH, unpacked=path.parent)
+
+
+def run_record(path):
+    """The config beside a checkpoint that does not say on which images it was trained; it may be missing."""
+    path.rename(path.with_name("config.json"))
+    start = {"path": path.with_name("glow_model_1.pt"), "model": {}}
+    data_options(read_options(["--evaluate"]), start)
+
+
 READERS = {
+    "picture.png": picture,
+    "picture": lambda path: load_images("folder", path.parent),
+    "images.npy": lambda path: load_images("folder", path),
+    "images.npz": lambda path: load_images("folder", path),
+    "archive": archive,
+    "data_batch": batch,
+    "imagenet.npz": imagenet,
+    "metadata": metadata,
+    "run record": run_record,
     "config": load_config,
     "list": read_file_list,
     "checkpoint": ckpt.load_checkpoint,
@@ -79,6 +131,9 @@ READERS = {
     "mel.pt": lambda path: read_mel(path, 80),
     "table": compared,
 }
+
+
+FOLDERS = ("table", "picture", "data_batch", "imagenet.npz", "metadata", "run record")  # of files that have their names
 
 
 def at_once(work):
@@ -101,7 +156,7 @@ def test_readers_refuse_what_is_no_file_of_a_sensible_size(reader, thing, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "x" * 300, "\n", "\x1b[2J", "y" * 10_000])
-@pytest.mark.parametrize("reader", [reader for reader in READERS if reader != "table"])
+@pytest.mark.parametrize("reader", [reader for reader in READERS if reader not in FOLDERS])
 def test_names_that_no_file_can_have_are_refused(reader, name):
     message = at_once(lambda: READERS[reader](name))
     assert len(message) < 3000 and message.isprintable()
