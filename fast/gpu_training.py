@@ -66,8 +66,8 @@ def can_fuse(n_res: int, n_params: int) -> bool:
 def fits(device: torch.device, dtype: torch.dtype, n_res: int, n_params: int, n_conditioning: int) -> bool:
     """Tell whether a device has the registers and the shared memory for the kernels, by one layer of a few columns.
 
-    A chip of the data centre has; others hold some 100 KB for a block, less than the layers of 64 channels and more
-    take. What is compiled for it is what training needs anyway.
+    Chips of data centres have; others hold some 100 KB for a block, less than layers of 128 channels take. What is
+    compiled for it is what training needs anyway.
     """
 
     def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
