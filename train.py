@@ -12,6 +12,7 @@ python train.py -c CONFIG -a 20 [...]           the same from the average of the
 
 import argparse
 import itertools
+import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -149,7 +150,7 @@ def _begin_from(config: Config, start: Start, warm: bool) -> Checkpoint | None:
     """The checkpoint that training begins with, or None; InputError where it would overwrite what came later."""
     checkpoint = ckpt.starting_point(config, start, check_resumable)
     if warm and checkpoint is None:
-        raise InputError("--warm_start takes weights from a checkpoint: --set train_config.checkpoint_path=FILE")
+        raise InputError("--warm_start takes weights from a checkpoint: give --weights NAME_OR_PATH")
     first = 0 if checkpoint is None or warm else checkpoint.iteration
     found = ckpt.list_checkpoints(config.run_folder)
     if later := [path for path in found if int(path.name.split("_")[1]) > first and not start.resume]:
@@ -207,7 +208,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--weights",
         metavar="NAME_OR_PATH",
-        help="what to evaluate or synthesize with: a file, a run's folder, or a name",
+        help="what to evaluate, synthesize or --warm_start with: a file, a run's folder, or a name",
     )
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config value")
     job("-v", "--evaluate", action="store_true", help="log-likelihood of the full test clips")
@@ -274,12 +275,13 @@ def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namesp
     starts = [options.resume, options.average_checkpoint, options.warm_start or None, options.weights]
     if options.resume and (options.average_checkpoint is not None or options.warm_start):
         parser.error("--resume, --average_checkpoint and --warm_start all say where to start; give one")
-    if options.weights and not (options.evaluate or options.synthesize):
+    trains = not (options.evaluate or options.synthesize)
+    if options.weights and trains and not (options.config and options.warm_start):
         parser.error(
-            "--weights names what to --evaluate or --synthesize with; training starts from "
-            "--set train_config.checkpoint_path=FILE"
+            "--weights names what to --evaluate or --synthesize with, or with -c and --warm_start what to train from; "
+            "to go on with a run give --resume latest or --set train_config.checkpoint_path=FILE"
         )
-    if options.weights and len([start for start in starts if start is not None]) > 1:
+    if options.weights and len([start for start in starts if start is not None]) > 1 + trains:
         parser.error("--weights says which checkpoint; leave out --resume, --average_checkpoint and --warm_start")
     if not (options.config or options.weights):
         parser.error("the following arguments are required: -c/--config, or --weights with a trained model")
@@ -317,6 +319,9 @@ def _config(options: argparse.Namespace) -> tuple[Config, Checkpoint | None]:
     if options.weights is None:
         return config, None
     checkpoint = find_checkpoint(options.weights, terminal.warn)
+    if options.warm_start:
+        path = f"train_config.checkpoint_path={json.dumps(str(checkpoint.path))}"
+        return load_config(options.config, [*options.set, path]), None
     return config_of(checkpoint, config, options.set), checkpoint
 
 
