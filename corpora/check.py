@@ -33,6 +33,8 @@ LEVEL_SPREAD = 15.0  # dB from the middle of the corpus
 TEXT_SPREAD = 3.0  # times the characters a second of the corpus, or a part of it
 COMPARED = 5  # clips at least, to know what is usual
 SHOWN = 20  # problems printed; the CSV has them all
+SAME = "the same audio as"
+_NUMBER = re.compile(r"-?\b\d+(?:\.\d+)?")
 
 
 @dataclass
@@ -182,9 +184,9 @@ def _find_duplicates(clips: Sequence[ClipReport]) -> None:
         if earlier is clip:
             continue
         if earlier.list != clip.list:
-            clip.errors.append(f"the same audio as training clip {earlier.file}")
+            clip.errors.append(f"{SAME} training clip {earlier.file}")
         else:
-            clip.warnings.append(f"the same audio as {earlier.file}")
+            clip.warnings.append(f"{SAME} {earlier.file}")
 
 
 def _compare_levels(clips: Sequence[ClipReport]) -> None:
@@ -224,16 +226,32 @@ def write_report(path: Path, clips: Sequence[ClipReport]) -> None:
 
 
 def report_text(clips: Sequence[ClipReport]) -> str:
-    """Counts, and the first problems, errors before warnings."""
-    count = Counter(clip.severity for clip in clips)
-    common = Counter(re.sub(r"-?\d[\d.]*", "...", warning) for clip in clips for warning in clip.warnings)
-    lines = [
-        f"{clip.severity}: {clip.file}: {'; '.join(clip.errors + clip.warnings)}"
-        for severity in ("error", "warning")
-        for clip in clips
-        if clip.severity == severity
-    ]
+    """Counts, and the first problems, errors before warnings; a warning that many clips share is said once."""
+    kinds: dict[str, list[str]] = {}
+    for warning in (warning for clip in clips for warning in clip.warnings):
+        kinds.setdefault(_kind(warning), []).append(warning)
+    common = {kind: warnings for kind, warnings in kinds.items() if len(warnings) > SHOWN}
+    lines = []
+    for severity in ("error", "warning"):
+        for clip in clips:
+            problems = clip.errors + [text for text in clip.warnings if _kind(text) not in common]
+            if problems and clip.severity == severity:
+                lines.append(f"{severity}: {clip.file}: {'; '.join(problems)}")
     more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    count = Counter(clip.severity for clip in clips)
     total = f"{len(clips)} clips: {count['error']} with errors, {count['warning']} with warnings, {count['ok']} good"
-    kinds = [f"{count} x {kind}" for kind, count in common.most_common() if count > SHOWN]
-    return "\n".join([*lines[:SHOWN], *more, *kinds, total])
+    shared = [f"warning: {len(warnings)} clips: {_in_one(warnings)}" for warnings in common.values()]
+    return "\n".join([*lines[:SHOWN], *more, *shared, total])
+
+
+def _kind(warning: str) -> str:
+    """What warnings have in common that differ in their numbers only; one that names a file is of its own kind."""
+    return warning if warning.startswith(SAME) else _NUMBER.sub("{}", warning)
+
+
+def _in_one(warnings: Sequence[str]) -> str:
+    """Warnings that differ in their numbers only, with the range of each."""
+    columns = zip(*(_NUMBER.findall(warning) for warning in warnings), strict=True)
+    ranges = [sorted(set(column), key=float) for column in columns]
+    texts = iter(some[0] if len(some) == 1 else f"{some[0]} to {some[-1]}" for some in ranges)
+    return _NUMBER.sub(lambda _: next(texts), warnings[0])

@@ -121,6 +121,19 @@ def test_the_text_shows_errors_first_and_not_too_much(tmp_path):
     assert (more, total) == ("... and 3 more", f"24 clips: {SHOWN} with errors, 3 with warnings, 1 good")
 
 
+def test_a_warning_that_many_clips_share_is_said_once(tmp_path):
+    files = []
+    for number in range(SHOWN + 2):
+        files.append(str(tmp_path / f"{number}.wav"))
+        write_wav(files[-1], noise(5_000, number) + 0.1 + 0.01 * (number % 3), RATE)
+    write_wav(files[3], noise(1_000, 3) + 0.1, RATE)
+    *lines, total = report_text(inspect_corpus(files, [], DATA)).splitlines()
+    short, shared = lines
+    assert short == f"warning: {files[3]}: short: 1000 samples, its crops end in zeros up to 2048"
+    assert shared.startswith(f"warning: {SHOWN + 2} clips: DC offset of 0.0") and "to 0.12" in shared
+    assert total == f"{SHOWN + 2} clips: 0 with errors, {SHOWN + 2} with warnings, 0 good"
+
+
 def test_the_command_reports_and_its_status_tells(config, corpus, tmp_path, capsys):
     table = tmp_path / "runs" / "tiny" / "data_check.csv"
     assert run("-c", config(), "--check_data") == 0

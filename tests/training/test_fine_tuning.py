@@ -7,8 +7,10 @@ import torch
 
 from audio import write_wav
 from checkpoint import load_checkpoint
-from tests.support.experiments import fails, run
+from config import load_config
+from tests.support.experiments import ROOT, fails, run
 from tests.support.vocoders import small_config
+from vocoder import Vocoder
 
 
 @pytest.fixture
@@ -81,3 +83,34 @@ def test_nothing_left_to_train_is_said_with_the_way_out(trained, capsys):
     assert run("-c", trained[0], "--resume", "latest", "--max_iterations", 8) == 0
     said = capsys.readouterr().out
     assert "already at iteration 8; there is nothing to train" in said and "--warm_start counts anew" in said
+
+
+def test_weights_to_begin_with_may_be_named(config, trained, tmp_path, capsys):
+    """By a run's folder here; those that come with the project by their name."""
+    _, folder = trained
+    path = config(train_config__output_directory=str(tmp_path / "tuned"))
+    assert run("-c", path, "--weights", folder, "--warm_start", "--max_iterations", 1) == 0
+    kept = json.loads((tmp_path / "tuned" / "tiny" / "config.json").read_text())["train_config"]
+    assert kept["checkpoint_path"] == str(folder / "waveflow_8")
+    assert "iterations 0 to 1" in capsys.readouterr().out
+    line = fails(capsys, "-c", path, "--weights", "nanoflow", "--warm_start", "--max_iterations", 1)
+    assert "nanoflow-lp128-r64.safetensors" in line
+
+
+@pytest.mark.parametrize("flags", [["--weights", "nanoflow", "-w"], ["-c", "x.json", "--weights", "nanoflow"]])
+def test_training_from_named_weights_is_a_warm_start_with_a_config(capsys, flags):
+    with pytest.raises(SystemExit):
+        run(*flags)
+    assert "with -c and --warm_start what to train from" in capsys.readouterr().err
+
+
+def test_the_experiment_file_of_the_weights_that_come_with_the_project_fits_them():
+    own, file = Vocoder.from_pretrained("nanoflow"), load_config(ROOT / "configs" / "nanoflow-lp128-r64.json")
+    assert own.model.config == file.waveflow_config
+    assert mel_of(own.data) == mel_of(file.data_config)
+
+
+def mel_of(data):
+    """What the mels depend on."""
+    lists = ("training_files", "test_files")
+    return {key: value for key, value in data.model_dump().items() if key not in lists}
