@@ -26,16 +26,20 @@ from benchmark.fidelity import measure_fidelity
 from benchmark.made_up import loader_speed
 from benchmark.measuring import Measured, measure, summarise
 from benchmark.memory import peak_memory
-from benchmark.workloads import BUILDERS, CLIP_SECONDS, Bench, Conditions, make_workloads, run_once
+from benchmark.workloads import BUILDERS, CLIP_SECONDS, Bench, Conditions, has_workload, make_workloads, run_once
 from config import load_config
 from fast.engine import PRECISIONS, slow_precision_warning
 from harness import terminal
 from harness.arguments import number, whole_number
+from harness.errors import InputError
 from harness.stopping import exit_status
 
 CONFIGS = [f"configs/{name}.json" for name in ("waveflow-h16-r64", "waveflow-h16-r128", "nanoflow-h16-r128-emb512")]
 TRAINING = ("train_baseline", "train", "train_checkpointed")
-BASELINES = dict.fromkeys(TRAINING, "train_baseline")  # of the others: queue
+BASELINES = {  # of the others: queue
+    **dict.fromkeys(TRAINING, "train_baseline"),
+    "linear_prediction": "engine",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,9 +100,9 @@ def _measure_all(options: argparse.Namespace) -> None:
         elif options.fidelity:
             models[name] = {"fidelity": measure_fidelity(bench.config, options.device)}
         elif options.memory:
-            models[name] = {"rows": _memory_of(bench, chosen)}
+            models[name] = {"rows": _memory_of(bench, _of_model(bench, chosen))}
         else:
-            models[name] = _times_of(bench, chosen, options.repeats)
+            models[name] = _times_of(bench, _of_model(bench, chosen), options.repeats)
     if options.json:
         Path(options.json).write_text(json.dumps({**report, "models": models}, indent=2) + "\n", encoding="utf-8")
 
@@ -121,6 +125,17 @@ def _chosen(workloads: Sequence[str], precisions: Sequence[str], device: torch.d
         own = [precision for precision in precisions if precision in known.get(workload, ["float32"])]
         pairs += [(workload, precision) for precision in own or ["float32"]]
     return pairs
+
+
+def _of_model(bench: Bench, chosen: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Workloads that there are for a model; InputError where there is none."""
+    found = [pair for pair in chosen if has_workload(bench.config, pair[0])]
+    if not found:
+        name = bench.config.waveflow_config.model_name
+        raise InputError(
+            f"{name} has no linear prediction to time; name a config with waveflow_config.linear_prediction"
+        )
+    return found
 
 
 def _memory_of(bench: Bench, chosen: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:

@@ -104,6 +104,11 @@ class Workload:
         return self.job.passes * self.job.samples * flop_per_sample(self.job.model.config)
 
 
+def has_workload(config: Config, name: str) -> bool:
+    """Tell whether a model has what a workload measures."""
+    return name != "linear_prediction" or config.waveflow_config.linear_prediction > 0
+
+
 def make_workloads(bench: Bench, chosen: Sequence[tuple[str, str]]) -> list[Workload]:
     """Workloads chosen by name and precision."""
     return [Workload(name, precision, BUILDERS[name](bench, precision)) for name, precision in chosen]
@@ -190,6 +195,23 @@ def _engine(bench: Bench, precision: str) -> Job:
     return Job(bench.model, lambda: engine(mel, z), z.numel(), passes=1.0)
 
 
+def _linear_prediction(bench: Bench, _precision: str) -> Job:
+    """The inverse of the outermost flow, which the engine's time has in it: filters from the mel, then the recursion.
+
+    For order p, Levinson's recursion is 2 p^2 operations a frame, the filter 2 p a sample.
+    """
+    mel, z = bench.clip(bench.conditions.seconds)
+    model, residual = bench.model, z.flatten(1)
+    order, hop = model.linear_prediction.order, model.config.hop_length
+    flop = 2 * order**2 / hop + 2 * order
+    return Job(
+        model,
+        lambda: model.linear_prediction.inverse(residual, mel),
+        residual.numel(),
+        passes=flop / flop_per_sample(model.config),
+    )
+
+
 BUILDERS: dict[str, Callable[[Bench, str], Job]] = {
     "forward": _forward,
     "train_baseline": _train_baseline,
@@ -198,4 +220,5 @@ BUILDERS: dict[str, Callable[[Bench, str], Job]] = {
     "reverse": _reverse,
     "queue": _queue,
     "engine": _engine,
+    "linear_prediction": _linear_prediction,
 }

@@ -56,6 +56,17 @@ def test_ratios_compare_like_with_like_and_rows_name_their_arithmetic(tiny, tmp_
         assert row["ratio_to_queue"] == pytest.approx(ratio)
 
 
+def test_linear_prediction_is_timed_beside_the_engine_where_there_is_one(tiny, tmp_path, capsys):
+    flags = ["-w", "engine", "linear_prediction", "-p", "float32", "--repeats", "1", "--seconds", "0.1"]
+    [engine] = report_of(tmp_path, "-c", tiny, *flags)["models"]["tiny"]["rows"]
+    assert engine["workload"] == "engine"
+    assert benchmark.main(["-c", tiny, "-w", "linear_prediction"]) == 1
+    assert "tiny has no linear prediction to time" in capsys.readouterr().err
+    demo = str(ROOT / "configs" / "demo.json")
+    engine, alone = report_of(tmp_path, "-c", demo, *flags)["models"]["nanoflow-demo"]["rows"]
+    assert alone["ratio_to_engine"] == pytest.approx(engine["seconds"] / alone["seconds"])
+
+
 def test_float32_on_cuda_is_with_tf32_or_without_in_convolutions_too():
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     cuda = torch.device("cuda")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmark.workloads import BUILDERS, Bench, Conditions, flop_per_sample, make_workloads
+from benchmark.workloads import BUILDERS, Bench, Conditions, flop_per_sample, has_workload, make_workloads
 from config import load_config
 
 PLAIN, CHECKPOINTED = "train_baseline", "train_checkpointed"
@@ -31,10 +31,20 @@ def test_training_workloads_are_the_same_step_computed_in_other_ways(bench):
     assert executions[CHECKPOINTED].model.execution.checkpoint_activations
 
 
-def test_every_workload_runs_and_counts_its_work(bench):
+def test_every_workload_runs_and_counts_its_work(config):
+    path = config(waveflow_config__linear_prediction=8)
+    bench = Bench(load_config(path), Conditions(torch.device("cpu"), seconds=0.1))
     for workload in make_workloads(bench, [(name, "float32") for name in BUILDERS]):
         workload.job.run()
         assert workload.job.samples > 0 and workload.flop > 0
+
+
+def test_linear_prediction_is_counted_by_its_order_and_only_where_there_is_one(config, bench):
+    assert not has_workload(bench.config, "linear_prediction") and has_workload(bench.config, "engine")
+    predicted = Bench(load_config(config(waveflow_config__linear_prediction=8)), bench.conditions)
+    assert has_workload(predicted.config, "linear_prediction")
+    [workload] = make_workloads(predicted, [("linear_prediction", "float32")])
+    assert workload.flop / workload.job.samples == pytest.approx(2 * 8 + 2 * 8**2 / 256)
 
 
 def test_conditioning_is_counted_once_per_estimator(config):
