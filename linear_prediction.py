@@ -144,7 +144,7 @@ class LinearPrediction(nn.Module):
             mel = (100 * mel - 90) * (math.log(10) / 20)
         mel = mel.clamp(-LOG_MEL_LIMIT, LOG_MEL_LIMIT).where(mel.isfinite(), math.nan)
         interpolate, offset = _spectrum(self.data, mel.device)
-        power = torch.exp(2 * mel @ interpolate + offset)
+        power = torch.exp(torch.ops.aten.matmul(2 * mel, interpolate) + offset)  # `@` is Apex's to cast to half
         return power + RELATIVE_FLOOR * power.mean(-1, keepdim=True) + ABSOLUTE_FLOOR
 
 

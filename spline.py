@@ -54,10 +54,10 @@ def _knots(sizes: Tensor, tail_bound: float) -> Tensor:
 def _running_sums(x: Tensor) -> Tensor:
     """Running sums along the last axis, which cumsum gives on CUDA only where results may vary.
 
-    As a product in float64, which neither TF32 nor autocast touches.
+    As a product in float64, which neither TF32 nor autocast touches, and by a name that Apex does not cast.
     """
     triangle = torch.ones(x.size(-1), x.size(-1), dtype=torch.float64, device=x.device).triu()
-    return (x.double() @ triangle).to(x.dtype)
+    return torch.ops.aten.matmul(x.double(), triangle).to(x.dtype)
 
 
 def _spline_inverse_theta(dy: Tensor, height: Tensor, slope: Tensor, d0: Tensor, curve: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from evaluation.likelihood import clip_likelihoods, summarise_lists, write_likel
 from fast.engine import slow_precision_warning
 from harness import terminal
 from harness.arguments import number, whole_number
-from harness.devices import choose_device, make_deterministic
+from harness.devices import allow_tf32, choose_device, make_deterministic
 from harness.errors import InputError
 from harness.folder import locked_run, record_start
 from harness.processes import gather, held_by_main, is_main, on_main, process_group, report_error, share, world_size
@@ -171,7 +171,7 @@ def _trained(config: Config, device: torch.device, start: Start) -> tuple[FlowVo
         )
     averaged = ", moving average" if has_average(checkpoint, config) else ""
     terminal.say(f"weights: {checkpoint.name}, iteration {checkpoint.iteration}{averaged}")
-    torch.backends.cudnn.allow_tf32 = False  # likelihoods and audio as exact as on the CPU
+    allow_tf32(convolutions=False)  # likelihoods and audio as exact as on the CPU
     return trained_model(checkpoint, config).to(device), checkpoint.name, checkpoint.mel_statistics
 
 
@@ -232,7 +232,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     _add_synthesis(parser.add_argument_group("with --synthesize").add_argument)
     options = parser.parse_args(arguments)
     _check_combination(parser, options)
-    options.temp = options.temp or [1.0]
     return options
 
 
@@ -351,7 +350,7 @@ def _request(options: argparse.Namespace) -> Request:
         inputs=options.input or (),
         output=options.output,
         format=options.format or "wav",
-        temps=options.temp,
+        temps=options.temp or [1.0],
         seed=options.seed,
         mel_preset=options.mel_preset,
         precision=options.precision,

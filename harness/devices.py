@@ -2,7 +2,8 @@
 
 import os
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -69,17 +70,32 @@ def tf32_products() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def allow_tf32(products: bool, convolutions: bool) -> None:
-    """Let float32 matrix products and convolutions on CUDA take TF32, or not."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if products else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if convolutions else "ieee"
+def allow_tf32(products: bool | None = None, convolutions: bool | None = None) -> None:
+    """Let float32 matrix products and convolutions on CUDA take TF32, or not; None: as it is."""
+    if products is not None:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if products else "ieee"
+    if convolutions is not None:
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if convolutions else "ieee"
 
 
 def prepare_training(device: torch.device) -> None:
-    """Make a CUDA device the current one, for whatever thread pins memory; steps of one shape try convolutions out."""
+    """Make a CUDA device the current one, for whatever thread pins memory."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+
+
+@contextmanager
+def steps_of_one_shape(device: torch.device) -> Iterator[None]:
+    """Context of training steps on CUDA: algorithms of convolutions are tried out, unless results must not vary.
+
+    Not that of evaluation and synthesis, where each length would be tried anew.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def fast_bfloat16() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.bad_steps import BadSteps, step_if_finite
 from harness.batches import BatchLoader
 from harness.checkpoints import keep_newest, random_state
-from harness.devices import data_parallel, prepare_training
+from harness.devices import data_parallel, prepare_training, steps_of_one_shape
 from harness.processes import mean, rank, share_of_batch, world_size
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import make_train_loader, training_images
@@ -107,17 +107,23 @@ class Trainer:
         # Each process draws the noise of the whole batch, so that it does not depend on how many share it.
         noise = share_of_batch(self.model.draw_noise(x.new_empty(world_size() * len(x), *x.shape[1:])))
         x, labels, noise = (self._on_device(tensor) for tensor in (x, labels, noise))
+        with steps_of_one_shape(self.device):
+            bits, class_loss = self._backward(x, labels, noise)
+        norm = self._clip_gradients()
+        bits, class_loss, norm = mean(torch.stack([bits, class_loss, norm]))
+        step_if_finite(self.optimizer, bits + class_loss, norm)
+        self.iteration += 1
+        return bits, class_loss, norm
+
+    def _backward(self, x: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of a batch; returns its bits per dimension and class loss."""
         with half_precision(self.model, self.options.amp):
             _, bits, y_logits = self.parallel(x, one_hot(labels, self.model), noise)
         bits = bits.mean()
         class_loss = bits.new_zeros(()) if y_logits is None else F.cross_entropy(y_logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
         (bits + self.options.y_weight * class_loss).backward()
-        norm = self._clip_gradients()
-        bits, class_loss, norm = mean(torch.stack([bits.detach(), class_loss.detach(), norm]))
-        step_if_finite(self.optimizer, bits + class_loss, norm)
-        self.iteration += 1
-        return bits, class_loss, norm
+        return bits.detach(), class_loss.detach()
 
     def seconds_per_step(self) -> float:
         """Time of a step without its update, measured; nothing of the run changes, and no random number is drawn."""
@@ -129,10 +135,8 @@ class Trainer:
         for _ in range(2):  # the first one warms up
             self._wait()
             began = time.perf_counter()
-            with half_precision(self.model, self.options.amp):
-                _, bits, y_logits = self.parallel(x, one_hot(labels, self.model), noise)
-            unused = 0 if y_logits is None else 0 * y_logits.sum()
-            (bits.mean() + unused).backward()
+            with steps_of_one_shape(self.device):
+                self._backward(x, labels, noise)
             self.optimizer.zero_grad(set_to_none=True)
             self._wait()
             seconds = min(seconds, time.perf_counter() - began)

@@ -100,6 +100,13 @@ def test_the_map_has_every_room_of_the_root():
     assert set(rooms) == AREAS
 
 
+def test_the_map_has_every_file():
+    """Those of the image models are in the README of their own."""
+    written = {f"{folder}{name}" for folder, name in named(README)}
+    files = [path.relative_to(ROOT).as_posix() for path in FILES if path.name != "__main__.py"]
+    assert [name for name in files if name not in written and not name.startswith("image_density_experiments/")] == []
+
+
 def test_imports_go_down_the_line_of_the_readme():
     [line] = re.findall(r"^    train, benchmark, experiments (?:->.*\n +)+->.*$", README, flags=re.MULTILINE)
     floors = [re.findall(r"\w+", floor) for floor in line.split("->")]
@@ -202,6 +209,12 @@ def test_every_make_target_exists():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     wanted = {words[1] for words in commands() if words[0] == "make"}
     assert {"demo", "test"} <= wanted <= set(targets)
+
+
+def test_kernels_are_tested_with_the_triton_of_the_pinned_torch():
+    pinned = re.search(r"^torch==(\d+\.\d+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)[1]
+    tested = re.search(r"^TRITON \?= (\S+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    assert f"torch {pinned} goes with Triton {tested}" in ALL
 
 
 def test_every_config_key_is_described():

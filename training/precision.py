@@ -92,15 +92,11 @@ class TorchAmp(Precision):
         self.scaler.scale(loss).backward()
 
     def update(self, loss: Tensor) -> Tensor:
-        """Update as in full precision; the norm is 0 where a gradient overflowed for its scale, and the next is lower.
-
-        So the scale is found; it is no fault of the batch, unless the gradient overflows unscaled too.
-        """
+        """Update as in full precision; the norm is that of `_but_for_its_scale`."""
         self.scaler.unscale_(self.optimizer)
         norm = super().update(loss)
         if self.scaler.is_enabled():
-            overflowed = torch.isfinite(loss.detach()) & ~torch.isfinite(norm) & (self.scaler._scale > 1)  # no waiting
-            norm = torch.where(overflowed, 0.0, norm)
+            norm = _but_for_its_scale(norm, loss, self.scaler._scale > 1)  # no waiting
         self.scaler.update()
         return norm
 
@@ -130,6 +126,12 @@ class ApexAmp(Precision):
         with self.amp.scale_loss(loss, self.optimizer, delay_unscale=not last) as scaled:
             scaled.backward()
 
+    def update(self, loss: Tensor) -> Tensor:
+        """Update as in full precision; the norm is that of `_but_for_its_scale`."""
+        norm = super().update(loss)
+        scale = self.amp.state_dict()["loss_scaler0"]["loss_scale"]  # after an overflow, half of what it was
+        return _but_for_its_scale(norm, loss, scale >= 1)
+
     def _parameters(self) -> Iterable[Tensor]:
         return self.amp.master_params(self.optimizer)
 
@@ -139,6 +141,15 @@ class ApexAmp(Precision):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self.amp.load_state_dict(state)
+
+
+def _but_for_its_scale(norm: Tensor, loss: Tensor, is_scaled: Tensor | bool) -> Tensor:
+    """A gradient's norm, or 0 where it overflowed for its scale, of which the next is lower.
+
+    So the scale is found; it is no fault of the batch, unless the gradient overflows unscaled too.
+    """
+    overflowed = torch.isfinite(loss.detach()) & ~torch.isfinite(norm) & is_scaled
+    return torch.where(overflowed, 0.0, norm)
 
 
 def slow_half_warning(config: TrainConfig, device: torch.device) -> str | None:

@@ -17,7 +17,7 @@ from data import first_batch, make_train_loader
 from fast.estimators import Execution
 from harness.bad_steps import BadSteps
 from harness.checkpoints import load_plain, random_state, restore_random_state
-from harness.devices import data_parallel, gradients_stay, prepare_training
+from harness.devices import data_parallel, gradients_stay, prepare_training, steps_of_one_shape
 from harness.errors import InputError
 from harness.processes import mean, rank, world_size
 from model import FlowVocoder, build_model
@@ -119,7 +119,7 @@ class Trainer:
         """
         audio, mel = audio.to(self.device, non_blocking=True), mel.to(self.device, non_blocking=True)
         terms = 0
-        with compile_errors_named():
+        with compile_errors_named(), steps_of_one_shape(self.device):
             for number, part in enumerate(zip(audio.chunk(self.parts), mel.chunk(self.parts), strict=True), 1):
                 terms = terms + self._backward(*part, first=number == 1, last=number == self.parts)
         loss, log_det = mean(terms)

@@ -1,11 +1,21 @@
 """What runs ask of an accelerator, seen without one: devices, pinned memory, processes, arithmetic of convolutions."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 import torch.distributed as dist
 
+import training.trainer
 from harness import devices, processes
 from harness.batches import BatchLoader
-from harness.devices import allow_tf32, prepare_training, tf32_products
+from harness.devices import allow_tf32, prepare_training, steps_of_one_shape, tf32_products
+from image_density_experiments import trainer as image_trainer
+from image_density_experiments.model import ImageFlow
+from model import FlowVocoder
+from tests.support.experiments import run
+from tests.support.image_runs import run as run_images
+from tests.support.image_runs import write_images
 
 
 def test_memory_is_pinned_for_a_cuda_device_only(monkeypatch):
@@ -14,17 +24,49 @@ def test_memory_is_pinned_for_a_cuda_device_only(monkeypatch):
         assert BatchLoader([0, 1], 0, "", device=device, batch_size=1).pin_memory is pinned
 
 
-def test_training_uses_its_device_and_tries_convolutions_out_unless_bits_must_stay(monkeypatch):
+def test_training_uses_its_device(monkeypatch):
     used = []
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    prepare_training(torch.device("cpu"))
-    assert not used and not torch.backends.cudnn.benchmark
-    prepare_training(torch.device("cuda", 1))
-    assert used == [torch.device("cuda", 1)] and torch.backends.cudnn.benchmark
+    for device in (torch.device("cpu"), torch.device("cuda", 1)):
+        prepare_training(device)
+    assert used == [torch.device("cuda", 1)]
+
+
+def test_convolutions_are_tried_out_in_training_steps_on_cuda_unless_bits_must_stay(monkeypatch):
+    def tried_out(device):
+        with steps_of_one_shape(device):
+            return torch.backends.cudnn.benchmark
+
+    assert tried_out(torch.device("cuda", 1)) and not torch.backends.cudnn.benchmark
+    assert not tried_out(torch.device("cpu"))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    prepare_training(torch.device("cuda", 1))
-    assert not torch.backends.cudnn.benchmark
+    assert not tried_out(torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize("kind", ["vocoder", "images"])
+def test_steps_and_nothing_else_are_of_one_shape(kind, config, tmp_path, monkeypatch):
+    within, seen = [], set()
+
+    @contextmanager
+    def noted(device):
+        within.append(device)
+        yield
+        within.pop()
+
+    model, room = {"vocoder": (FlowVocoder, training.trainer), "images": (ImageFlow, image_trainer)}[kind]
+    forward = model.forward
+
+    def note(self, *arguments, **options):
+        seen.add((torch.is_grad_enabled(), bool(within)))
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(room, "steps_of_one_shape", noted)
+    monkeypatch.setattr(model, "forward", note)
+    if kind == "vocoder":
+        assert run("-c", config(), "--max_iterations", 1) == 0
+    else:
+        assert run_images(write_images(tmp_path / "x.npy"), tmp_path / "run", "--epochs", 1) == 0
+    assert seen == {(True, True), (False, False)}
 
 
 def test_the_process_group_is_told_its_device(monkeypatch):
@@ -46,6 +88,19 @@ def test_tf32_is_set_and_read_through_the_newer_interface():
             allow_tf32(products, convolutions)
             assert tf32_products() is products
             assert (torch.backends.cudnn.conv.fp32_precision == "tf32") is convolutions
+        allow_tf32(convolutions=False)
+        assert not tf32_products() and torch.backends.cudnn.conv.fp32_precision == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
     assert devices.tf32_products() == (before[0] == "tf32")
+
+
+def test_likelihoods_are_exact_though_tf32_is_allowed_everywhere(trained):
+    before = torch.backends.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.fp32_precision, torch.backends.cudnn.conv.fp32_precision = "tf32", "none"
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+        assert run("-c", trained[0], "--evaluate") == 0
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before

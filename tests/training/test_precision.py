@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from config import TrainConfig
-from fast.estimators import project
+from fast.estimators import Execution, project
 from harness.errors import InputError
 from modules import FlowLoss
 from tests.support.vocoders import random_input, random_vocoder
@@ -67,8 +67,11 @@ def test_the_other_package_called_apex_is_detected(monkeypatch):
         make(fp16_run=True, amp_backend="apex")
 
 
-def apex_double():
-    """A module with Apex's interface that scales by 1: what our side calls, and with what."""
+def apex_double(loss_scale=1.0):
+    """A module with Apex's interface that multiplies by 1: what our side calls, and with what.
+
+    loss_scale: as its state says.
+    """
     calls = []
 
     @contextmanager
@@ -90,7 +93,7 @@ def apex_double():
         _amp_state=types.SimpleNamespace(handle=handle),
         initialize=lambda model, optimizer, **options: calls.append(options),
         master_params=lambda optimizer: [p for group in optimizer.param_groups for p in group["params"]],
-        state_dict=lambda: {"loss_scaler0": {}},
+        state_dict=lambda: {"loss_scaler0": {"loss_scale": loss_scale, "unskipped": 0}},
         load_state_dict=calls.append,
     )
     return apex, calls
@@ -127,6 +130,17 @@ def test_apex_keeps_no_casts_of_weights_that_flows_share_and_none_in_evaluation(
         assert calls[-1] == "disable_casts"
 
 
+@pytest.mark.parametrize("loss_scale, blamed", [(32768.0, False), (0.5, True)])  # halved by then
+def test_an_overflow_of_apex_scaled_gradient_is_no_bad_step(loss_scale, blamed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", apex_double(loss_scale)[0])
+    model = random_vocoder()
+    half = ApexAmp(model, torch.optim.Adam(model.parameters(), fused=True), max_grad_norm=5.0)
+    loss = FlowLoss()(model(*random_input(model)))
+    half.backward(loss)
+    next(model.parameters()).grad.fill_(torch.inf)
+    assert half.update(loss).isfinite().item() is not blamed
+
+
 def test_apex_leaves_the_transforms_parameters_in_float32(monkeypatch):
     def cast(*arguments, **options):  # as Apex patches it
         return conv2d(*(a.half() if isinstance(a, torch.Tensor) else a for a in arguments), **options)
@@ -135,6 +149,16 @@ def test_apex_leaves_the_transforms_parameters_in_float32(monkeypatch):
     monkeypatch.setattr(F, "conv2d", cast)
     features = torch.randn(1, 6, 2, 4).half()
     assert project(model.transforms[0], features).dtype == torch.float32
+
+
+@pytest.mark.parametrize("changes", [{"transform": "spline"}, {"linear_prediction": 8}])
+def test_apex_leaves_products_in_float64_alone(changes, monkeypatch):
+    matmul, model = torch.Tensor.__matmul__, random_vocoder(data_config={}, **changes)
+    model.execution = Execution(plain=True)
+    audio, mel = random_input(model)
+    z, log_det = model(audio, mel)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: matmul(a.half(), b.half()))  # as Apex patches it
+    assert all(torch.equal(*pair) for pair in zip(model(audio, mel), (z, log_det), strict=True))
 
 
 @pytest.mark.parametrize(
