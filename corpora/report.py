@@ -55,9 +55,11 @@ def report_text(folder: Path, takes: Sequence[Take], data: DataConfig) -> str:
             lines.append(f"{what}: {len(some)} recordings ({some[0].path}, ...)")
     lower = [take for take in used if take.rate < data.sampling_rate]
     if lower:
+        enough = max(take.rate for take in lower)
         lines.append(
             f"recorded below {data.sampling_rate} Hz: {len(lower)} recordings ({lower[0].path}, ...); "
             f"there is nothing above {min(take.rate for take in lower) / 2:g} Hz in them"
+            + (f", so that an experiment file of {enough} Hz would do" if len(lower) == len(used) else "")
         )
     return "\n".join([*lines, _mel_line(folder, used, data)])
 

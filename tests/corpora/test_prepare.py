@@ -217,6 +217,16 @@ def test_every_speaker_with_enough_takes_is_in_every_set():
         assert {later[unit] for unit in more if more[unit] == name} == {"train", "valid", "test"}
 
 
+def test_recordings_that_are_all_below_the_rate_are_said_to_need_less(template, tmp_path, capsys):
+    for n in range(3):
+        soundfile.write(tmp_path / f"{n}.wav", speech(0.6, 16_000, 120 + n), 16_000)
+    assert prepare(template, *tmp_path.glob("*.wav"), tmp_path / "out") == 0
+    assert "nothing above 8000 Hz in them, so that an experiment file of 16000 Hz would do" in capsys.readouterr().out
+    soundfile.write(tmp_path / "3.wav", speech(0.6, RATE, 150), RATE)
+    assert prepare(template, *tmp_path.glob("*.wav"), tmp_path / "out") == 0
+    assert "nothing above 8000 Hz in them\n" in capsys.readouterr().out
+
+
 def test_folders_are_speakers_of_every_set(template, tmp_path, capsys):
     for name, pitch in (("ann", 190), ("bob", 110)):
         (tmp_path / "own" / name).mkdir(parents=True)
