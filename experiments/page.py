@@ -6,7 +6,7 @@ from pathlib import Path
 from experiments.claims import Claim
 from experiments.floor import ORDERS, floor_result
 from experiments.runs import RESULTS, read_results
-from experiments.tables import PAGE, Results, claim_table, counts, plot, rewritten
+from experiments.tables import PAGE, Results, claim_table, counts, of_setting, plot, rewritten
 from harness import terminal
 from harness.files import written_whole
 
@@ -49,10 +49,12 @@ def floor_table(results: Results) -> str:
 
 
 def _measured(claims: Sequence[Claim], results: Results) -> list[tuple[Claim, str, int]]:
-    """(claim, corpus, steps) of which there are runs."""
+    """(claim, corpus, steps) of which there are runs of two settings, so that there is something to compare."""
     found = []
     for claim in claims:
         texts = {setting.text for setting in claim.settings}
         for corpus in sorted({result.corpus for result in results.values() if result.settings in texts}):
-            found += [(claim, corpus, steps) for steps in counts(results, claim, corpus)]
+            for steps in counts(results, claim, corpus):
+                run = [setting for setting in claim.settings if of_setting(results, setting, corpus, steps)]
+                found += [(claim, corpus, steps)] if len(run) > 1 else []
     return found

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments import __main__ as experiments
-from experiments import early, ordering, runs
+from experiments import beyond, early, ordering, runs
 from experiments.claims import Claim, change
 from experiments.floor import floor_result, measure_floors, setting_of
 from experiments.page import sections, write_page
@@ -157,12 +157,15 @@ def test_pictures_are_drawn(tmp_path):
     for seed in (1, 2):
         add_result(results, row(PLAIN, seed, 4.0 + seed))
     write_page([claim_of()], results, page)
+    assert not (tmp_path / "experiments-claim-c-3.png").exists()  # nothing to compare yet
+    add_result(results, row(CHANGED, 1, 4.0))
+    write_page([claim_of()], results, page)
     assert (tmp_path / "experiments-claim-c-3.png").stat().st_size > 1000
     assert "5.500 ± " in page.read_text()
 
 
 def test_every_setting_is_a_model_that_can_be_built(data):
-    for setting in (*ordering.CLAIM.settings, *early.CLAIM.settings):
+    for setting in (*ordering.CLAIM.settings, *early.CLAIM.settings, *beyond.CLAIM.settings):
         Run(setting, data, 1, 1).config()
     names = [setting.name for setting in early.CLAIM.settings]
     assert len(set(names)) == len({setting.text for setting in early.CLAIM.settings}) == len(names)
