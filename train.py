@@ -39,7 +39,7 @@ from evaluation.likelihood import clip_likelihoods, summarise_lists, write_likel
 from fast.engine import slow_precision_warning
 from harness import terminal
 from harness.arguments import number, whole_number
-from harness.devices import allow_tf32, choose_device, make_deterministic
+from harness.devices import choose_device, make_deterministic
 from harness.errors import InputError
 from harness.folder import locked_run, record_start
 from harness.processes import gather, held_by_main, is_main, on_main, process_group, report_error, share, world_size
@@ -171,7 +171,6 @@ def _trained(config: Config, device: torch.device, start: Start) -> tuple[FlowVo
         )
     averaged = ", moving average" if has_average(checkpoint, config) else ""
     terminal.say(f"weights: {checkpoint.name}, iteration {checkpoint.iteration}{averaged}")
-    allow_tf32(convolutions=False)  # likelihoods and audio as exact as on the CPU
     return trained_model(checkpoint, config).to(device), checkpoint.name, checkpoint.mel_statistics
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from data import ClipDataset
 from evaluation.tiles import likelihood_in_tiles
 from harness import terminal
+from harness.devices import exact_convolutions
 from harness.files import written_whole
 from harness.stopping import safe_point
 from model import FlowVocoder
@@ -70,6 +71,7 @@ def write_likelihoods(path: Path, clips: Sequence[ClipLikelihood]) -> None:
 
 
 @torch.no_grad()
+@exact_convolutions()
 def clip_likelihoods(
     model: FlowVocoder, clips: ClipDataset, sigma: float, device: torch.device
 ) -> list[ClipLikelihood]:

@@ -19,7 +19,7 @@ from config import WaveFlowConfig
 from fast.cpu import CpuEngine
 from fast.cpu_queues import ConvQueue
 from fast.gpu import GraphEngine
-from harness.devices import fast_bfloat16
+from harness.devices import exact_convolutions, fast_bfloat16
 from harness.errors import InputError
 from linear_prediction import LinearPrediction
 from modules import CONTEXT_FRAMES, Flow, Upsampler
@@ -121,6 +121,7 @@ class SynthesisEngine:
 
     @torch.inference_mode(False)  # what is kept for the next call can be written in any mode
     @torch.no_grad()
+    @exact_convolutions()
     def synthesize_many(self, clips: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """(mel [M, F], noise z [h, W]) of any lengths -> audio [h*W] of each, as if it were alone."""
         if not clips:

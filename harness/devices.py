@@ -78,6 +78,17 @@ def allow_tf32(products: bool | None = None, convolutions: bool | None = None) -
         torch.backends.cudnn.conv.fp32_precision = "tf32" if convolutions else "ieee"
 
 
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Context of likelihoods and synthesis: float32 convolutions as exact as on a CPU, whatever training may take."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    allow_tf32(convolutions=False)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 def prepare_training(device: torch.device) -> None:
     """Make a CUDA device the current one, for whatever thread pins memory."""
     if device.type == "cuda":

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 
 import training.trainer
+from evaluation import likelihood
+from fast.cpu import CpuEngine
 from harness import devices, processes
 from harness.batches import BatchLoader
 from harness.devices import allow_tf32, prepare_training, steps_of_one_shape, tf32_products
@@ -95,12 +97,24 @@ def test_tf32_is_set_and_read_through_the_newer_interface():
     assert devices.tf32_products() == (before[0] == "tf32")
 
 
-def test_likelihoods_are_exact_though_tf32_is_allowed_everywhere(trained):
-    before = torch.backends.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+@pytest.mark.parametrize("job", ["--evaluate", "--synthesize", "training"])
+def test_likelihoods_and_sounds_are_exact_though_tf32_is_allowed_everywhere(trained, monkeypatch, job):
+    before, seen = (torch.backends.fp32_precision, torch.backends.cudnn.conv.fp32_precision), set()
+
+    def seeing(method):
+        def wrapped(*arguments):
+            seen.add(torch.backends.cudnn.conv.fp32_precision)
+            return method(*arguments)
+
+        return wrapped
+
+    monkeypatch.setattr(CpuEngine, "synthesize_many", seeing(CpuEngine.synthesize_many))
+    monkeypatch.setattr(likelihood, "likelihood_in_tiles", seeing(likelihood.likelihood_in_tiles))
+    flags = ["--resume", "latest", "--max_iterations", 12] if job == "training" else [job]
     try:
         torch.backends.fp32_precision, torch.backends.cudnn.conv.fp32_precision = "tf32", "none"
         assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-        assert run("-c", trained[0], "--evaluate") == 0
-        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert run("-c", trained[0], *flags) == 0
+        assert seen == {"ieee"} and torch.backends.cudnn.conv.fp32_precision == "tf32"
     finally:
         torch.backends.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
