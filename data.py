@@ -235,9 +235,9 @@ class ClipDataset(Dataset):
         return path, audio, _of_length(mel, len(audio) // hop + 1, self.config)
 
 
-def read_clip(path: str, data_config: DataConfig) -> Tensor:
-    """A whole clip [T], rescaled if the config says so, cut to a multiple of the hop."""
-    audio = _read_rescaled(path, data_config)
+def read_clip(path: str, data_config: DataConfig, max_length: int | None = None) -> Tensor:
+    """A clip [T], or its first `max_length` samples, rescaled if the config says so, cut to a multiple of the hop."""
+    audio = _read_rescaled(path, data_config, max_length)
     return audio[: _whole_frames(len(audio), path, data_config)]
 
 
@@ -266,11 +266,17 @@ def _of_length(mel: Tensor, frames: int, config: DataConfig) -> Tensor:
     return F.pad(mel[:, :frames], (0, max(0, frames - mel.size(1))), value=silence)
 
 
-def load_synthesis_entry(path: str, data_config: DataConfig, mel_fn: MelSpectrogram) -> tuple[Tensor, Tensor | None]:
-    """Load what to synthesize from: (mel [80, F], the recording [T] or None) of a wav, or of a .npy / .pt mel."""
+def load_synthesis_entry(
+    path: str, data_config: DataConfig, mel_fn: MelSpectrogram, max_length: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Load what to synthesize from: (mel [80, F], the recording [T] or None) of a wav, or of a .npy / .pt mel.
+
+    max_length: of the audio, in samples; the rest is left out.
+    """
     if is_mel_file(path):
-        return read_mel(path, data_config.n_mel_channels), None
-    audio = read_clip(path, data_config)
+        mel = read_mel(path, data_config.n_mel_channels)
+        return mel if max_length is None else mel[:, : max_length // data_config.hop_length + 1], None
+    audio = read_clip(path, data_config, max_length)
     return mel_fn(audio), audio
 
 

@@ -186,6 +186,8 @@ def _warn(*warnings: str | None) -> None:
 def _record_and_say(trainer: Trainer, last: int) -> None:
     config, model, device = trainer.config, trainer.model, trainer.device
     facts = {"device": str(device), "processes": world_size(), "iterations": [trainer.iteration, last]}
+    lengths = trainer.loader.dataset.lengths
+    facts |= {"training_clips": len(lengths), "training_samples": sum(lengths)}
     on_main(lambda: record_start(trainer.folder, config.to_dict(), **facts))
     several = f"{world_size()} processes, each with a {device.type} device"
     terminal.say(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from harness.devices import resident_memory
 from harness.errors import InputError
 
 
@@ -27,19 +28,11 @@ def peak_memory(device: torch.device, work: Callable[..., Any], *arguments: Any)
 
 
 def _measure(device: torch.device, work: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
-    before = _resident("VmRSS")
+    before = resident_memory("VmRSS")
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is resident
     work(*arguments)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    return _resident("VmHWM") - before
-
-
-def _resident(mark: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM)."""
-    if not Path("/proc/self/status").exists():
-        return 0
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(mark)))
+    return resident_memory("VmHWM") - before

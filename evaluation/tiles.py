@@ -4,8 +4,9 @@ A flow's z at a column depends on no more than 2^L - 1 columns to either side, t
 is computed with so many more of them is what it is within the whole clip. Only the audio and z are kept whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,25 +70,28 @@ def _forward_of_tile(model: FlowVocoder, flow: Flow, x: Tensor, mel: Tensor, til
     height, seen = model.config.n_height, tile.seen
     columns = [model.upsampler.columns(one, height, seen.start, seen.stop) for one in mel]  # each [h, n, M]
     conditioning = torch.stack(columns).permute(0, 3, 1, 2)  # [B, M, h, n]
-    counted = replace(flow, transform=_Counted(flow.transform, tile.within))
-    forward = counted.forward if model.execution.plain else _fast(counted, model)
-    return forward(x, conditioning)
+    counted = Watched(flow.transform, lambda log_det: log_det[..., tile.within])  # its own columns only
+    return forward_of(model, [replace(flow, transform=counted)])[0](x, conditioning)
 
 
-def _fast(flow: Flow, model: FlowVocoder) -> Any:
-    fast = FastFlows([flow], model.execution)
-    return lambda x, conditioning: fast(flow, x, conditioning)
+def forward_of(model: FlowVocoder, flows: Sequence[Flow]) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """Twin of `Flow.forward` for each of some flows of a model, in the way that it computes its likelihood."""
+    if model.execution.plain:
+        return [flow.forward for flow in flows]
+    fast = FastFlows(flows, model.execution)
+    return [partial(fast, flow) for flow in flows]
 
 
-class _Counted:
-    """A transform whose log|dz/dx| counts in some columns only; all else is the transform's."""
+class Watched:
+    """A transform whose log|dz/dx| of each sample goes through a function; all else is the transform's."""
 
-    def __init__(self, transform: Affine | Spline, columns: slice) -> None:
-        self._transform, self._columns = transform, columns
+    def __init__(self, transform: Affine | Spline, see: Callable[[Tensor], Tensor]) -> None:
+        self._transform, self._see = transform, see
 
     def __call__(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, 1, h, W] -> z, and what the function makes of log|dz/dx| [B, 1, h, W]."""
         z, log_det = self._transform(x, params)
-        return z, log_det[..., self._columns]
+        return z, self._see(log_det)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transform, name)

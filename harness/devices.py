@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -114,3 +115,19 @@ def fast_bfloat16() -> bool:
     if platform.machine().lower() in ("arm64", "aarch64"):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resident_memory(mark: str = "VmRSS") -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM); 0 where the system does not tell."""
+    if not Path("/proc/self/status").exists():
+        return 0
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(mark)))
+
+
+def memory_in_use(device: torch.device) -> dict[str, int]:
+    """Bytes that this process takes, by name: resident now, and on a CUDA device the most that was ever allocated."""
+    found = {"resident": resident_memory()}
+    if device.type == "cuda":
+        found["cuda_max_allocated"] = torch.cuda.max_memory_allocated(device)
+    return {name: size for name, size in found.items() if size}

@@ -125,6 +125,22 @@ class RunLog:
         """A picture for TensorBoard; drawn only where there is one."""
         self._to_tensorboard(lambda writer: writer.add_figure(name, draw(), iteration))
 
+    def histogram(self, name: str, values: Tensor, iteration: int) -> None:
+        """A TensorBoard histogram of values of any shape; none where some are not finite, which it cannot show."""
+        if values.isfinite().all():
+            self._to_tensorboard(lambda writer: writer.add_histogram(name, values, iteration))
+
+    def charts(self, layout: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Several scalars over one another, on TensorBoard's page of custom scalars: their names by group and title."""
+        lines = {group: {title: ["Multiline", list(names)] for title, names in charts.items()}
+                 for group, charts in layout.items()}  # fmt: skip
+        self._to_tensorboard(lambda writer: writer.add_custom_scalars(lines))
+
+    @property
+    def shows(self) -> bool:
+        """Tell whether there is a TensorBoard to compute pictures and statistics for."""
+        return self._writer is not None
+
     def close(self) -> None:
         """Flush and close the files."""
         with suppress(OSError):
@@ -135,7 +151,9 @@ class RunLog:
 class NoLog:
     """Log of all processes but the main one: takes what a RunLog takes and writes nothing."""
 
+    shows = False
+
     def steps(self, *_: Any) -> None:
         """Nothing, as all of them."""
 
-    scalar = scalars = audio = figure = close = steps
+    scalar = scalars = audio = figure = histogram = charts = close = steps

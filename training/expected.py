@@ -115,7 +115,12 @@ def _completed(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def expected_curve(config: Config, lengths: Sequence[int], folder: Path = CURVES) -> Curve | None:
     """The curve of a config on training clips of these lengths in samples; None where none was measured."""
-    own, corpus = signature(config), Corpus.of("", lengths)
+    return curve_on(config, Corpus.of("", lengths), folder)
+
+
+def curve_on(config: Config, corpus: Corpus, folder: Path = CURVES) -> Curve | None:
+    """The curve of a config on a corpus of any name; None where none was measured."""
+    own = signature(config)
     for path in sorted(folder.glob("curve-*.csv")):
         first, *rows = path.read_text(encoding="utf-8").splitlines()
         about = json.loads(first.removeprefix("# "))

@@ -9,10 +9,12 @@ import torch
 from audio import INT16_SCALE, write_wav
 from config import REMEDIES
 from data import ClipDataset, load_synthesis_entry, read_test_lists
+from evaluation.flow_statistics import NoiseStatistics, flow_statistics
 from evaluation.likelihood import ClipLikelihood, clip_likelihoods, summarise_lists
 from evaluation.pictures import mel_figure
 from fast.engine import engine_of
 from harness import terminal
+from harness.devices import memory_in_use
 from harness.folder import record_more
 from harness.log import NoLog, RunLog
 from harness.loop import Loop, Step
@@ -23,6 +25,14 @@ from training.trainer import Trainer
 
 MOST_CREDIBLE = math.log(INT16_SCALE)  # nats/sample: the whole density within one step of 16-bit audio
 COLUMNS = ("iteration", "loss", "prior", "log_det", "grad_norm", "learning_rate")  # of losses.csv
+LIKELIHOOD_COLUMNS = ("iteration", "list", "clips", "log_likelihood", "weighted", "prior", "log_det")
+LIKELIHOOD_FILE = "test_likelihood.csv"
+SAMPLE_SECONDS = 5.0  # of the first test clip, at most, in the sample at each checkpoint
+STATISTICS_CLIPS = 8  # test clips that the statistics of flows and z are of
+CHARTS = {
+    "training": {"loss and what was expected": ("train/loss", "expected/loss")},
+    "flows": {"log-determinant of each, nats/sample": ("log_det/.*",), "std of log_s of each": ("log_s_std/.*",)},
+}
 
 
 def train_until(last: int, trainer: Trainer, test_clips: ClipDataset, stop: StopRequest) -> bool:
@@ -43,6 +53,8 @@ class VocoderLoop(Loop):
         train = trainer.config.train_config
         log = RunLog(trainer.folder, trainer.iteration, COLUMNS, train.with_tensorboard) if is_main() else NoLog()
         super().__init__(trainer, last, train.iters_per_checkpoint, log, stop)
+        place = trainer.folder, trainer.iteration, LIKELIHOOD_COLUMNS
+        self.likelihoods = RunLog(*place, file=LIKELIHOOD_FILE) if is_main() else NoLog()
         self.test_clips, self.test_lists = test_clips, read_test_lists(trainer.config.data_config)
         self.expected = expected_curve(trainer.config, trainer.loader.dataset.lengths)
         self.losses: dict[int, float] = {}  # by iteration, of this start
@@ -51,11 +63,18 @@ class VocoderLoop(Loop):
         self.samples_per_step = train.batch_size * trainer.config.data_config.segment_length
 
     def begin(self) -> None:
-        """Meaning of losses, and those to be expected; the likelihood of fresh weights."""
+        """Meaning of losses, and those to be expected; likelihood and flows of fresh weights."""
+        self.log.charts(CHARTS)
         if self.trained.iteration == 0:
             if is_main():
                 terminal.say(NEGATIVE_IS_RIGHT if self.expected is None else f"{NEGATIVE_IS_RIGHT}; {self.expected}")
             self._report_likelihood()
+            self._report_flows()
+
+    def close(self) -> None:
+        """Close the tables."""
+        super().close()
+        self.likelihoods.close()
 
     def row(self, step: Step) -> Sequence[float]:
         """A row of COLUMNS."""
@@ -93,11 +112,12 @@ class VocoderLoop(Loop):
         return f"{steps_per_second * self.samples_per_step / 1000:.1f}k samples/s"
 
     def milestone(self, finished: bool) -> None:
-        """Checkpoint, likelihood, sample."""
+        """Checkpoint, likelihood, statistics of the flows, sample."""
         self.saver.save()
         if is_main() and self.expected is not None and (standing := self.expected.standing(self.losses)):
             terminal.say(str(standing))
         self._report_likelihood()
+        self._report_flows()
         if is_main():
             self.stop.unless_stopped(self._write_sample)
 
@@ -125,11 +145,34 @@ class VocoderLoop(Loop):
             terms = ("mean", "weighted", "prior", "log_det")
             values = {f"{place}/log_likelihood_{term}": getattr(result, term) for term in terms}
             self.log.scalars(values, trainer.iteration)
+            self.likelihoods.steps([(trainer.iteration, name, *result)])
             of = "" if len(self.test_lists) == 1 else f" of {name}"
             terminal.say(f"iteration {trainer.iteration}, first {seconds:.2f} s of each test clip{of}: {result}")
 
+    def _report_flows(self) -> None:
+        """What each flow does, what z and the memory are like, to TensorBoard; of the main process's first clips."""
+        if not self.log.shows:
+            return
+        trainer, sigma = self.trained, self.trained.config.train_config.sigma
+        memory = {f"memory_mib/{name}": size / 2**20 for name, size in memory_in_use(trainer.device).items()}
+        self.log.scalars(memory, trainer.iteration)
+        clips = (self.test_clips[index][1:] for index in range(min(STATISTICS_CLIPS, len(self.test_clips))))
+        with trainer.precision.full():
+            found = self.stop.unless_stopped(lambda: flow_statistics(trainer.evaluated, clips, trainer.device))
+        if found is None:
+            return
+        flows, z = found
+        for flow in flows:
+            name = flow.name.replace(" ", "_")
+            self.log.scalar(f"log_det/{name}", flow.log_det, trainer.iteration)
+            if flow.std is not None:
+                self.log.scalar(f"log_s_std/{name}", flow.std, trainer.iteration)
+        moments = NoiseStatistics.of(z, sigma)._asdict()
+        self.log.scalars({f"z/{name}": value for name, value in moments.items()}, trainer.iteration)
+        self.log.histogram("z", z, trainer.iteration)
+
     def _write_sample(self) -> None:
-        """Copy-synthesis of the first test clip, so that progress can be heard."""
+        """Copy-synthesis of the first seconds of the first test clip, so that progress can be heard."""
         try:
             self._synthesize_first()
         except OSError as error:
@@ -138,7 +181,8 @@ class VocoderLoop(Loop):
     def _synthesize_first(self) -> None:
         trainer, data = self.trained, self.trained.config.data_config
         safe_point()
-        mel, _ = load_synthesis_entry(self.test_clips.files[0], data, self.test_clips.mel)
+        longest = round(SAMPLE_SECONDS * data.sampling_rate)
+        mel, recording = load_synthesis_entry(self.test_clips.files[0], data, self.test_clips.mel, longest)
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # none of the run's own random numbers
             torch.manual_seed(trainer.config.train_config.seed)
@@ -153,7 +197,8 @@ class VocoderLoop(Loop):
             record_more(trainer.folder, iteration=trainer.iteration, synthesis=choices)
         write_wav(trainer.folder / "samples" / f"waveflow_{trainer.iteration}.wav", audio, data.sampling_rate)
         mels = {"recording": mel, "synthesis": self.test_clips.mel(audio.clamp(-1, 1))}
-        self.log.audio("sample", audio, data.sampling_rate, trainer.iteration)
+        for name, sound in {"recording": recording, "synthesis": audio}.items():
+            self.log.audio(f"audio/{name}", sound, data.sampling_rate, trainer.iteration)
         for name, picture in mels.items():
             draw = functools.partial(mel_figure, {name: picture})
             self.log.figure(f"mel/{name}", draw, trainer.iteration)
