@@ -8,6 +8,7 @@ python train.py -c CONFIG --synthesize          the test list to wav files
 python train.py --synthesize --weights nanoflow --input PATH... --output DIR
                                                 sounds, mels and folders, by weights that know their config
 python train.py -c CONFIG -a 20 [...]           the same from the average of the newest 20 checkpoints
+python train.py --report RUN_DIR...             one HTML page about one run or several
 """
 
 import argparse
@@ -45,6 +46,7 @@ from harness.folder import locked_run, record_start
 from harness.processes import gather, held_by_main, is_main, on_main, process_group, report_error, share, world_size
 from harness.stopping import StopRequest, exit_status
 from jobs.metrics import measure_all
+from jobs.report import write_run_report
 from jobs.synthesis import STDOUT, Request, synthesize_all
 from model import FlowVocoder, count_parameters
 from synthesis.mel_checks import MelReader, MelStatistics
@@ -214,6 +216,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config value")
     job("-v", "--evaluate", action="store_true", help="log-likelihood of the full test clips")
     job("-s", "--synthesize", action="store_true", help="synthesize every wav or mel of the test list, or each --input")
+    job("--report", nargs="*", metavar="RUN_DIR", help="one HTML page about runs; without a folder, that of the config")
     job("--check_data", action="store_true", help="look for clips that would spoil the training, and do nothing else")
     add("-w", "--warm_start", action="store_true", help="take only the weights of the checkpoint, start at iteration 0")
     add("-a", "--average_checkpoint", type=whole_number(1), metavar="N", help="start from the average of the newest N")
@@ -254,7 +257,8 @@ METRICS_FLAGS = ("input", "seed", "denoise", "precision", "match_mel")  # of tho
 
 def _add_synthesis(add: Callable[..., object]) -> None:
     add("--input", nargs="+", metavar="PATH", help="sounds of any format and rate, mels (.npy, .pt), folders of both")
-    add("--output", metavar="DIR", help="folder of the sounds, default one of the run; -: one sound to stdout")
+    output = "folder of the sounds, default one of the run; -: one sound to stdout; of --report: a file or folder"
+    add("--output", metavar="DIR", help=output)
     add("--mel_preset", choices=list(PRESETS), metavar="NAME", help="front end of the mels: " + ", ".join(PRESETS))
     add("--format", choices=["wav", "flac"], help="of the sounds, 16 bits; default wav")
     noise = "standard deviation of the noise of synthesis, default 1; several make a folder each"
@@ -275,6 +279,8 @@ def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namesp
     starts = [options.resume, options.average_checkpoint, options.warm_start or None, options.weights]
     if options.resume and (options.average_checkpoint is not None or options.warm_start):
         parser.error("--resume, --average_checkpoint and --warm_start all say where to start; give one")
+    if options.report is not None and (options.weights or len([start for start in starts if start is not None])):
+        parser.error("--report shows the newest checkpoint of each run; leave out what says where to start")
     trains = not (options.evaluate or options.synthesize)
     if options.weights and trains and not (options.config and options.warm_start):
         parser.error(
@@ -283,12 +289,17 @@ def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namesp
         )
     if options.weights and len([start for start in starts if start is not None]) > 1 + trains:
         parser.error("--weights says which checkpoint; leave out --resume, --average_checkpoint and --warm_start")
-    if not (options.config or options.weights):
-        parser.error("the following arguments are required: -c/--config, or --weights with a trained model")
+    if not (options.config or options.weights or options.report):
+        parser.error(
+            "the following arguments are required: -c/--config, or --weights with a trained model, or --report with "
+            "the folder of a run"
+        )
     if options.metrics is not None and not options.evaluate:
         parser.error("--metrics are those of --evaluate; give it too")
     for flag in SYNTHESIS_FLAGS:
-        shared = options.metrics is not None and flag in METRICS_FLAGS
+        shared = (options.metrics is not None and flag in METRICS_FLAGS) or (
+            options.report is not None and flag == "output"
+        )
         if getattr(options, flag) is not None and not (options.synthesize or shared):
             parser.error(f"--{flag} is that of synthesis; give --synthesize with it")
     if options.epsilon is not None and options.average_checkpoint is None:
@@ -306,6 +317,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.deterministic:
         make_deterministic()
     device = choose_device(options.device)
+    if options.report is not None:
+        with redirect_stdout(sys.stderr) if options.output == STDOUT else nullcontext():
+            write_run_report(options.report or [config.run_folder], options.output, device)
+        return 0
     place, meet = config.dist_config, "--set dist_config.dist_url=env:// leaves the place to torchrun"
     group = process_group(device, place.dist_backend, place.dist_url, meet=meet, resume=REMEDIES.resume)
     # Where the sound goes to stdout, words do not.

@@ -1,4 +1,4 @@
-"""What each flow does on some clips, and z beside the Gaussian that it should be."""
+"""Statistics of each flow on some clips, and of z beside the Gaussian that it should be."""
 
 import math
 from collections.abc import Iterable, Iterator

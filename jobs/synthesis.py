@@ -108,13 +108,13 @@ def _write_batch(sounds: Sequence[Sound], folder: Path, vocoder: Vocoder, reques
     shared = f" (its share of a batch of {len(sounds)})" if len(sounds) > 1 else ""
     for sound in filter(lambda sound: sound.is_finite, sounds):
         if request.output == STDOUT:
-            sys.__stdout__.buffer.write(_encoded(sound.audio, vocoder.sampling_rate, request.format))
+            sys.__stdout__.buffer.write(encoded(sound.audio, vocoder.sampling_rate, request.format))
             sys.__stdout__.buffer.flush()
         elif request.format == "wav":
             write_wav(folder / sound.clip.output, sound.audio, vocoder.sampling_rate)
         else:
             with written_whole(folder / sound.clip.output) as temporary:
-                temporary.write_bytes(_encoded(sound.audio, vocoder.sampling_rate, request.format))
+                temporary.write_bytes(encoded(sound.audio, vocoder.sampling_rate, request.format))
         speed = _speed(len(sound.audio), sound.seconds, vocoder.sampling_rate)
         terminal.say(f"{sound.clip.output}: {speed}{shared}")
         if (recording := sound.clip.recording) is not None:
@@ -127,7 +127,7 @@ def _write_batch(sounds: Sequence[Sound], folder: Path, vocoder: Vocoder, reques
             raise InputError(f"{sound.clip.source}: the synthesis is not finite; train longer, or lower --temp")
 
 
-def _encoded(audio: Tensor, sampling_rate: int, kind: str) -> bytes:
+def encoded(audio: Tensor, sampling_rate: int, kind: str) -> bytes:
     """Audio [T] as the bytes of a 16-bit file."""
     scaled = (audio * INT16_SCALE).round().clamp(-INT16_SCALE, INT16_SCALE - 1).short()
     content = io.BytesIO()
