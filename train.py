@@ -279,7 +279,7 @@ def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namesp
     starts = [options.resume, options.average_checkpoint, options.warm_start or None, options.weights]
     if options.resume and (options.average_checkpoint is not None or options.warm_start):
         parser.error("--resume, --average_checkpoint and --warm_start all say where to start; give one")
-    if options.report is not None and (options.weights or len([start for start in starts if start is not None])):
+    if options.report is not None and any(start is not None for start in starts):
         parser.error("--report shows the newest checkpoint of each run; leave out what says where to start")
     trains = not (options.evaluate or options.synthesize)
     if options.weights and trains and not (options.config and options.warm_start):
@@ -297,9 +297,8 @@ def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namesp
     if options.metrics is not None and not options.evaluate:
         parser.error("--metrics are those of --evaluate; give it too")
     for flag in SYNTHESIS_FLAGS:
-        shared = (options.metrics is not None and flag in METRICS_FLAGS) or (
-            options.report is not None and flag == "output"
-        )
+        shared = options.metrics is not None and flag in METRICS_FLAGS
+        shared = shared or (options.report is not None and flag == "output")
         if getattr(options, flag) is not None and not (options.synthesize or shared):
             parser.error(f"--{flag} is that of synthesis; give --synthesize with it")
     if options.epsilon is not None and options.average_checkpoint is None:

@@ -57,7 +57,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class Made:
-    """What a run's newest checkpoint makes of excerpts."""
+    """Syntheses of excerpts by a run's newest checkpoint, and statistics on them."""
 
     excerpts: Sequence[Excerpt]
     syntheses: Sequence[Heard | None]

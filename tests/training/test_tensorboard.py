@@ -99,7 +99,7 @@ def test_the_expected_loss_lies_over_the_runs_own(recorded):
 
 def test_the_record_knows_the_corpus_and_the_table_the_likelihood(recorded):
     folder, events = recorded
-    record = json.loads((folder / "run_record.jsonl").read_text())
+    record = json.loads((folder / "run_record.jsonl").read_text().splitlines()[0])
     assert record["training_clips"] == 6 and record["training_samples"] > 6 * 0.25 * RATE
     rows = [line.split(",") for line in (folder / "test_likelihood.csv").read_text().splitlines()]
     assert rows[0] == list(loop.LIKELIHOOD_COLUMNS)
