@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evaluation.tiles import Watched, forward_of
+from harness.devices import exact_convolutions
 from harness.stopping import safe_point
 from model import FlowVocoder
 from modules import squeeze
@@ -55,6 +56,7 @@ class NoiseStatistics(NamedTuple):
 
 
 @torch.no_grad()
+@exact_convolutions()
 def flow_statistics(
     model: FlowVocoder, clips: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> tuple[list[FlowStatistics], Tensor]:
