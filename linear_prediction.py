@@ -60,7 +60,7 @@ class LinearPrediction(nn.Module):
         if not 0 < order < data.filter_length:
             raise InputError(f"linear_prediction {order}: expected an order from 1 to {data.filter_length - 1}")
         self.data, self.order = data, order
-        _spectrum(data, torch.device("cpu"))  # settings without any usable band are refused here
+        spectrum_of(data, torch.device("cpu"))  # settings without any usable band are refused here
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     @torch.no_grad()
@@ -132,29 +132,29 @@ class LinearPrediction(nn.Module):
         if stop is not None:
             frames = torch.arange(start, stop, device=mel.device).clamp(max=mel.size(2) - 1)
             mel = mel.index_select(2, frames)
-        power = self._power(mel.transpose(1, 2))  # [B, F', K]
+        power = self.power(mel.transpose(1, 2))  # [B, F', K]
         lags = torch.fft.irfft(power, n=self.data.filter_length)[..., : self.order + 1]
         coefficients, error = levinson(lags.flatten(0, 1).t())
         return coefficients.t().unflatten(0, lags.shape[:2]), error.log().div(2).view(lags.shape[:2])
 
-    def _power(self, mel: Tensor) -> Tensor:
+    def power(self, mel: Tensor) -> Tensor:
         """Power spectral density [B, F, K] that a mel [B, F, M] tells of, white noise of variance 1 having 1."""
         mel = mel.double()
         if self.data.use_dbmel:
             mel = (100 * mel - 90) * (math.log(10) / 20)
         mel = mel.clamp(-LOG_MEL_LIMIT, LOG_MEL_LIMIT).where(mel.isfinite(), math.nan)
-        interpolate, offset = _spectrum(self.data, mel.device)
+        interpolate, offset = spectrum_of(self.data, mel.device)
         power = torch.exp(torch.ops.aten.matmul(2 * mel, interpolate) + offset)  # `@` is Apex's to cast to half
         return power + RELATIVE_FLOOR * power.mean(-1, keepdim=True) + ABSOLUTE_FLOOR
 
 
 def bands_to_bins(data: DataConfig, device: torch.device) -> Tensor:
     """Weights [M, K] that interpolate a logarithm from the centroids of the bands to the FFT bins."""
-    return _spectrum(data, device).interpolate
+    return spectrum_of(data, device).interpolate
 
 
 @cache
-def _spectrum(data: DataConfig, device: torch.device) -> Spectrum:
+def spectrum_of(data: DataConfig, device: torch.device) -> Spectrum:
     """Spectrum of such mels: magnitudes are summed with Slaney's weights, and the sum is seen at the centroid."""
     import librosa.filters  # seconds to import, and only needed here
 

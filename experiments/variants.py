@@ -194,8 +194,8 @@ class LearnedConstants(LinearPrediction):
         self.log_floor = nn.Parameter(torch.tensor(math.log(1e-7)))  # of a frame's mean power, added to the usual one
         self.log_bandwidth = nn.Parameter(torch.tensor(math.log(5.0)))  # Hz, of the Gaussian that smooths the spectrum
 
-    def _power(self, mel: Tensor) -> Tensor:
-        power = super()._power(mel)  # [B, F, K]
+    def power(self, mel: Tensor) -> Tensor:
+        power = super().power(mel)  # [B, F, K]
         beyond = bands_to_bins(self.data, mel.device)[-1] >= 1  # bins from the last band's middle on
         power = power * torch.where(beyond, self.log_above.double().exp(), 1.0)
         power = power + self.log_floor.double().exp() * power.mean(-1, keepdim=True)
@@ -216,8 +216,8 @@ class LearnedBands(LinearPrediction):
         super().__init__(data, order)
         self.bands = nn.Parameter(torch.zeros(data.n_mel_channels))
 
-    def _power(self, mel: Tensor) -> Tensor:
-        return super()._power(mel.double() + self.bands.double())
+    def power(self, mel: Tensor) -> Tensor:
+        return super().power(mel.double() + self.bands.double())
 
 
 class LearnedGain(LinearPrediction):

@@ -22,12 +22,15 @@ SAME_INTERRUPT = 0.25  # seconds: torchrun hands a terminal's Ctrl-C on to proce
 Result = TypeVar("Result")
 
 
-def exit_status(job: Callable[[], int | None], report: Callable[[Exception], None] | None = None) -> int:
+def exit_status(
+    job: Callable[[], int | None], report: Callable[[Exception], None] | None = None, quiet: bool = False
+) -> int:
     """Do a job and return its status for the shell: what it returns, 130 after Ctrl-C, and 1 after an InputError, an
-    OSError or a lack of memory, which become one line on stderr, or what `report` makes of them.
+    OSError or a lack of memory, which become one line on stderr, or what `report` makes of them. quiet: only warnings,
+    errors and results are said.
     """
     report = report or terminal.error
-    with terminal.ready(), _threads_of_libraries():
+    with terminal.ready(quiet), _threads_of_libraries():
         try:
             return job() or 0
         except KeyboardInterrupt:

@@ -2,7 +2,8 @@
 
 A full disk behind stdout, a pipe that nobody reads any more, a terminal that is gone, closed descriptors, letters that
 an ASCII terminal lacks: the line is lost or written differently, and the work goes on. Progress bars stay whole: lines
-are written above them. What could be mistaken for an order to the terminal is escaped.
+are written above them; where there is no terminal, in a log file say, they are lines now and then. What could be
+mistaken for an order to the terminal is escaped, and colours are for terminals only, and not where NO_COLOR is set.
 """
 
 import contextlib
@@ -18,12 +19,29 @@ from tqdm.utils import ObjectWrapper, disp_len
 
 from harness import errors
 
+LINE_SECONDS = 30.0  # from one line about progress to the next where there is no terminal to draw a bar on
+_YELLOW, _RED = "\x1b[33m", "\x1b[31m"
 _QUIET = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning, RuntimeWarning)
 
 
+_hushed = False  # whether only warnings, errors and results are wanted
+
+
+def hush(quiet: bool) -> None:
+    """Say only warnings, errors and results from now on, to the end of the command; or all again."""
+    global _hushed
+    _hushed = quiet
+
+
 def say(text: object) -> None:
-    """A line on stdout, for what a command was asked to tell; or several."""
+    """A line on stdout, for a result that a command was asked for; or several."""
     _write(sys.stdout, errors.lines(text))
+
+
+def tell(text: object) -> None:
+    """A line on stdout about the work under way, unless only results are wanted."""
+    if not _hushed:
+        say(text)
 
 
 def note(text: object) -> None:
@@ -33,19 +51,48 @@ def note(text: object) -> None:
 
 def warn(text: object) -> None:
     """A warning on stderr: work goes on."""
-    note(f"warning: {text}")
+    _write(sys.stderr, _coloured("warning:", _YELLOW, errors.one_line(f"warning: {text}")))
 
 
 def error(text: object) -> None:
     """An error on stderr: work ends."""
-    note(f"error: {text}")
+    _write(sys.stderr, _coloured("error:", _RED, errors.one_line(f"error: {text}")))
 
 
 def bar(*arguments: Any, **options: Any) -> tqdm:
-    """A progress bar on stderr, as tqdm makes it."""
-    if sys.stderr is None:
+    """A progress bar on stderr, as tqdm makes it; where that is no terminal, a line every LINE_SECONDS.
+
+    disable=None: nothing where there is no terminal.
+    """
+    if sys.stderr is None or _hushed:
         options["disable"] = True
-    return _Bar(*arguments, file=_Unfailing(sys.stderr), **options)
+    kind = _Bar
+    if not _is_terminal(sys.stderr):
+        kind, seconds = _Lines, LINE_SECONDS
+        options = {"delay": seconds, "mininterval": seconds, "maxinterval": seconds, **options}
+    return kind(*arguments, file=_Unfailing(sys.stderr), **options)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # ValueError: it is closed
+        return stream is not None and stream.isatty()
+    return False
+
+
+def _coloured(word: str, colour: str, line: str) -> str:
+    """The line with its first word in colour, where that is wanted (no-color.org)."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not _is_terminal(sys.stderr):
+        return line
+    return f"{colour}{word}\x1b[0m{line.removeprefix(word)}"
 
 
 def _write(stream: TextIO | None, text: str) -> None:
@@ -66,6 +113,20 @@ class _Bar(tqdm):
             nonlocal width
             file.write(f"\r{line}{' ' * (width - disp_len(line))}")
             width = disp_len(line)
+
+        return draw
+
+
+class _Lines(_Bar):
+    """A bar of lines, each written once, for a file."""
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], None]:
+        """A function that writes a line below the one before."""
+
+        def draw(line: str) -> None:
+            if line.strip():
+                file.write(f"{line}\n")
 
         return draw
 
@@ -94,13 +155,15 @@ class _Unfailing(ObjectWrapper):
 
 
 @contextlib.contextmanager
-def ready() -> Iterator[None]:
+def ready(quiet: bool = False) -> Iterator[None]:
     """Context of a whole command: its output can fail without consequence, and libraries' warnings are lines as ours.
+    quiet: only warnings, errors and results are said.
 
     Descriptors 0 to 2 that are closed are opened to nothing, or the next file to be opened, a checkpoint say, would
     get what libraries write to stderr.
     """
     _fill_closed_descriptors()
+    hush(quiet)
     said: set[str] = set()
 
     def show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
@@ -115,6 +178,7 @@ def ready() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning, logging.lastResort = before, last_resort
+        hush(False)
         settle()
 
 

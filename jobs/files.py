@@ -14,10 +14,12 @@ import checkpoint as ckpt
 from checkpoint import Checkpoint
 from config import Config, load_config
 from harness import terminal
+from harness.arguments import Help, add_general, number
 from harness.errors import InputError
 from harness.files import written_whole
 from harness.safetensors_files import SUFFIX
 from harness.stopping import exit_status
+from jobs.export import SUFFIXES, export
 from model import FlowVocoder, count_parameters
 from synthesis.denoiser import silent_mel
 from synthesis.mel_checks import MelStatistics
@@ -26,26 +28,38 @@ from vocoder import Vocoder, config_of, find_checkpoint, trained_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python checkpoint.py info | convert`; returns the exit status."""
+    """`python checkpoint.py info | convert | export`; returns the exit status."""
     options = parser().parse_args(arguments)
-    return exit_status(lambda: options.run(options))
+    return exit_status(lambda: options.run(options), quiet=options.quiet)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Flags of both commands."""
-    whole = argparse.ArgumentParser(prog="checkpoint.py", description=__doc__.splitlines()[0])
+    """Flags of the commands."""
+    first = __doc__.splitlines()[0]
+    whole = argparse.ArgumentParser(prog="checkpoint.py", description=first, formatter_class=Help)
     commands = whole.add_subparsers(required=True, metavar="command")
     info = commands.add_parser("info", help="what a file holds, in a few lines")
     convert = commands.add_parser("convert", help="the same weights in another format")
-    for command in (info, convert):
+    exported = commands.add_parser("export", help="synthesis for other programs: ONNX, or torch.export")
+    for command in (info, convert, exported):
         command.add_argument("file", metavar="FILE", help="a checkpoint, a run's folder, or a name, as --weights takes")
         command.add_argument("-c", "--config", metavar="FILE", help="experiment file, for weights that know none")
     info.set_defaults(run=_info)
     convert.add_argument("out", metavar="OUT", help=f"*{SUFFIX}, or else a torch file of the published layout")
     convert.add_argument("--card", action="store_true", help="write a model card beside OUT, as Markdown")
-    convert.add_argument("--data", default="", metavar="TEXT", help="what the weights were trained on")
-    convert.add_argument("--licence", default="", metavar="TEXT", help="of the weights")
     convert.set_defaults(run=_convert)
+    exported.add_argument("out", metavar="OUT", help="*.onnx, or *.pt2 for torch.export.load")
+    exported.add_argument("--noise", choices=["inside", "input"], default="inside", help="drawn inside, or an input")
+    noise = "standard deviation of the noise inside; default 1"
+    exported.add_argument("-t", "--temp", type=number(0), metavar="T", help=noise)
+    exported.set_defaults(run=_export)
+    for command in (convert, exported):
+        command.add_argument("--data", default="", metavar="TEXT", help="what the weights were trained on")
+        command.add_argument("--licence", default="", metavar="TEXT", help="of the weights")
+    add_general(whole)
+    for command in (info, convert, exported):
+        command.formatter_class = Help
+        add_general(command, top=False)
     return whole
 
 
@@ -103,15 +117,8 @@ def _config(checkpoint: Checkpoint, path: str | None) -> Config | None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    checkpoint, out = find_checkpoint(options.file, terminal.warn), Path(options.out)
-    config = _config(checkpoint, options.config)
-    if config is None:
-        raise InputError(f"{options.file}: does not know its config; give it with -c, see configs/")
-    if out.exists():
-        raise InputError(f"{out}: exists; choose another name, or remove it")
-    model = trained_model(checkpoint, config)
-    given = {"data": options.data, "license": options.licence}
-    facts = {**checkpoint.facts, **{name: text for name, text in given.items() if text}}
+    checkpoint, config, out = _source(options)
+    model, facts = trained_model(checkpoint, config), _facts(checkpoint, options)
     if (known := MelStatistics.read(checkpoint.mel_statistics)) is not None:
         facts["mel_statistics"] = json.dumps(known.to_dict())
     if out.suffix == SUFFIX:
@@ -124,6 +131,22 @@ def _convert(options: argparse.Namespace) -> None:
         with written_whole(card) as temporary:
             temporary.write_text(model_card(checkpoint, config, model, facts), encoding="utf-8")
         terminal.say(f"model card: {card}")
+
+
+def _source(options: argparse.Namespace) -> tuple[Checkpoint, Config, Path]:
+    """Weights that are to become another file, their config, and the file, which is not there yet."""
+    checkpoint, out = find_checkpoint(options.file, terminal.warn), Path(options.out)
+    config = _config(checkpoint, options.config)
+    if config is None:
+        raise InputError(f"{options.file}: does not know its config; give it with -c, see configs/")
+    if out.exists():
+        raise InputError(f"{out}: exists; choose another name, or remove it")
+    return checkpoint, config, out
+
+
+def _facts(checkpoint: Checkpoint, options: argparse.Namespace) -> dict[str, str]:
+    given = {"data": options.data, "license": options.licence}
+    return {**checkpoint.facts, **{name: text for name, text in given.items() if text}}
 
 
 def _save_published(out: Path, model: FlowVocoder, config: Config, checkpoint: Checkpoint) -> None:
@@ -144,6 +167,29 @@ def _save_published(out: Path, model: FlowVocoder, config: Config, checkpoint: C
         config=config.to_dict(),
         mel_statistics=checkpoint.mel_statistics,
     )
+
+
+# --- export -----------------------------------------------------------------------------------------------
+
+
+def _export(options: argparse.Namespace) -> None:
+    if Path(options.out).suffix not in SUFFIXES:
+        raise InputError(f"{options.out}: expected a name that ends with {' or '.join(SUFFIXES)}")
+    if options.noise == "input" and options.temp is not None:
+        raise InputError("--temp is that of noise inside; scale the noise that you give, or leave --noise input out")
+    checkpoint, config, out = _source(options)
+    temp = None if options.noise == "input" else 1.0 if options.temp is None else options.temp
+    facts = {**_facts(checkpoint, options), "iteration": str(checkpoint.iteration), "model": _described(config)}
+    compared = export(out, trained_model(checkpoint, config), config, temp, facts)
+    inputs = f"mel [1, {config.data_config.n_mel_channels}, frames]"
+    samples = f"{config.data_config.hop_length} * (frames - 1)"
+    if temp is None:
+        inputs += f", noise [1, {samples}]"
+    terminal.say(f"{out}: {os.path.getsize(out):,} bytes; {inputs} -> audio [1, {samples}]")
+    if compared is None:
+        terminal.say("not compared with the model: onnxruntime is not installed; pip install -r requirements-extra.txt")
+    else:
+        terminal.say(f"largest difference from the model's audio, by {compared.program}: {compared.difference:.1e}")
 
 
 # --- the card ---------------------------------------------------------------------------------------------
