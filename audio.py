@@ -177,7 +177,7 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], int, int]:
 
 
 def _is_flac(path: str | Path) -> bool:
-    return Path(path).suffix.lower() == ".flac"
+    return str(path).lower().endswith(".flac")
 
 
 @contextmanager

@@ -391,7 +391,7 @@ def _average(config: Config, newest_first: Sequence[Path], start: Start) -> Chec
             raise
         terminal.warn(f"the average could not be written to {target} ({error.strerror or error})")
         place = ""
-    terminal.say(f"average of {', '.join(path.name for path in newest_first)}{place}")
+    terminal.tell(f"average of {', '.join(path.name for path in newest_first)}{place}")
     return replace(average, name=target.name, sources=newest_first)
 
 

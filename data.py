@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from audio import (
     LOG_FLOOR,
@@ -33,11 +33,14 @@ from audio import (
 )
 from config import REMEDIES, Config, DataConfig, load_config
 from harness import terminal
+from harness.arguments import Help, add_general
 from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
 from harness.errors import InputError
 from harness.lists import read_entries
+from harness.processes import is_main
 from harness.stopping import exit_status
 
+MANY_CLIPS = 10_000  # whose headers take seconds, or minutes where files are far away
 _CROP = 1  # a purpose of random numbers; 0 is the order of batches
 
 
@@ -92,14 +95,27 @@ def read_synthesis_files(data_config: DataConfig) -> list[str]:
 
 def overlap_warning(training_files: Sequence[str], test_files: Sequence[str]) -> str | None:
     """One line about clips that are in both lists, or None; paths are compared resolved."""
-    training = {os.path.realpath(path) for path in training_files}
-    shared = [path for path in test_files if os.path.realpath(path) in training]
+    folders: dict[str, str] = {}  # resolved once each: there are many files in few
+    training = {_resolved(path, folders) for path in training_files}
+    shared = [path for path in test_files if _resolved(path, folders) in training]
     if not shared:
         return None
     return (
         f"{len(shared)} of {len(test_files)} test clips are also training clips ({shared[0]}, ...): "
         "their likelihood says nothing about new speech"
     )
+
+
+def _resolved(path: str, folders: dict[str, str]) -> str:
+    """The path without links in it, which may be the file itself or in the way to it."""
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    if name in ("", ".", ".."):
+        return os.path.realpath(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.join(folders[folder], name)
 
 
 def output_names(paths: Sequence[str], suffix: str = ".wav") -> list[str]:
@@ -149,7 +165,11 @@ class CropDataset(Dataset):
                 f"data_config.segment_length {data_config.segment_length} is too short for filter_length "
                 f"{data_config.filter_length}; at least {shortest_audio(data_config)} samples are needed"
             )
-        self.lengths = [wav_length(path, data_config.sampling_rate) for path in self.files]
+        title = f"looking at {len(self.files):,} training clips"
+        if len(self.files) >= MANY_CLIPS and is_main():
+            terminal.tell(f"{title} of {data_config.training_files}")
+        shown = terminal.bar(self.files, title, unit="clip", leave=False, delay=1.0, disable=not is_main())
+        self.lengths = [wav_length(path, data_config.sampling_rate) for path in shown]
         self.trimmed = _check_pairs(dict(zip(self.files, self.lengths, strict=True)), self.mels, data_config)
         self._peaks: dict[int, float] = {}
 
@@ -329,10 +349,9 @@ def make_train_loader(
     return BatchLoader(dataset, train.num_workers, REMEDIES.worker_died, train.seed, device, batch_sampler=batches)
 
 
-def first_batch(config: Config) -> list[Tensor]:
-    """The first training batch, whole on every process: audio [B, T] and mel [B, M, F]."""
-    alone = config.train_config.model_copy(update={"num_workers": 0})
-    return next(iter(make_train_loader(config.model_copy(update={"train_config": alone}))))
+def first_batch(loader: BatchLoader) -> list[Tensor]:
+    """The first batch of a training, whole on every process: audio [B, T] and mel [B, M, F]."""
+    return default_collate([loader.dataset[key] for key in loader.batch_sampler.batch(0)])
 
 
 # --- command line ---------------------------------------------------------------------------------------------
@@ -341,13 +360,16 @@ def first_batch(config: Config) -> list[Tensor]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python data.py mel | prepare | ljspeech | asterisk | demo`; returns the exit status."""
     options = _parser().parse_args(arguments)
-    return exit_status(lambda: options.run(options))
+    return exit_status(lambda: options.run(options), quiet=options.quiet)
 
 
 def _parser() -> argparse.ArgumentParser:
     from corpora.command import add_commands  # the recipes stand above this room, and only this command line needs them
 
-    parser = argparse.ArgumentParser(prog="data.py", description="Prepare corpora, and mels of recordings.")
+    parser = argparse.ArgumentParser(
+        prog="data.py", description="Prepare corpora, and mels of recordings.", formatter_class=Help
+    )
+    add_general(parser)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     mel = commands.add_parser("mel", help="save the log-mels of wavs as .npy files of shape (80, frames)")
@@ -358,6 +380,9 @@ def _parser() -> argparse.ArgumentParser:
     mel.set_defaults(run=_save_mels)
 
     add_commands(commands)
+    for command in commands.choices.values():
+        command.formatter_class = Help
+        add_general(command, top=False)
     return parser
 
 

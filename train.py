@@ -39,7 +39,7 @@ from data import (
 from evaluation.likelihood import clip_likelihoods, summarise_lists, write_likelihoods
 from fast.engine import slow_precision_warning
 from harness import terminal
-from harness.arguments import number, whole_number
+from harness.arguments import Help, add_general, number, whole_number
 from harness.devices import choose_device, make_deterministic
 from harness.errors import InputError
 from harness.folder import locked_run, record_start
@@ -83,7 +83,7 @@ def train(config: Config, device: torch.device, start: Start, how: Training) -> 
         mels, segment = read_paired_mels(config.data_config.test_lists), config.data_config.segment_length
         test_clips = ClipDataset(share(test_files), config.data_config, max_length=segment, mels=mels)
         if trimmed := trainer.loader.dataset.trimmed:
-            terminal.say(f"{trimmed} mels are a frame longer or shorter than their clips; that frame is left out")
+            terminal.tell(f"{trimmed} mels are a frame longer or shorter than their clips; that frame is left out")
         if trainer.iteration >= last:
             terminal.say(
                 f"already at iteration {trainer.iteration}; there is nothing to train up to iteration {last} "
@@ -172,7 +172,7 @@ def _trained(config: Config, device: torch.device, start: Start) -> tuple[FlowVo
             f"no checkpoint in {config.run_folder}; train first, or name one: --set train_config.checkpoint_path=FILE"
         )
     averaged = ", moving average" if has_average(checkpoint, config) else ""
-    terminal.say(f"weights: {checkpoint.name}, iteration {checkpoint.iteration}{averaged}")
+    terminal.tell(f"weights: {checkpoint.name}, iteration {checkpoint.iteration}{averaged}")
     return trained_model(checkpoint, config).to(device), checkpoint.name, checkpoint.mel_statistics
 
 
@@ -192,7 +192,7 @@ def _record_and_say(trainer: Trainer, last: int) -> None:
     facts |= {"training_clips": len(lengths), "training_samples": sum(lengths)}
     on_main(lambda: record_start(trainer.folder, config.to_dict(), **facts))
     several = f"{world_size()} processes, each with a {device.type} device"
-    terminal.say(
+    terminal.tell(
         f"{config.waveflow_config.model_name}: {count_parameters(model):,} parameters "
         f"({count_parameters(model, synthesis=True):,} for synthesis), {len(trainer.loader.dataset.files)} clips, "
         f"iterations {trainer.iteration} to {last} on {device if world_size() == 1 else several}, "
@@ -205,54 +205,42 @@ def _record_and_say(trainer: Trainer, last: int) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of the published train.py, and a few more."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, job = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument_group("model").add_argument
     add("-c", "--config", metavar="FILE", help="experiment file, see configs/; not needed with --weights")
-    add(
-        "--weights",
-        metavar="NAME_OR_PATH",
-        help="what to evaluate, synthesize or --warm_start with: a file, a run's folder, or a name",
-    )
+    weights = "what to evaluate, synthesize or --warm_start with: a file, a run's folder, or a name"
+    add("--weights", metavar="NAME_OR_PATH", help=weights)
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config value")
+    jobs = parser.add_argument_group("jobs other than training")
+    job = jobs.add_mutually_exclusive_group().add_argument
     job("-v", "--evaluate", action="store_true", help="log-likelihood of the full test clips")
     job("-s", "--synthesize", action="store_true", help="synthesize every wav or mel of the test list, or each --input")
     job("--report", nargs="*", metavar="RUN_DIR", help="one HTML page about runs; without a folder, that of the config")
     job("--check_data", action="store_true", help="look for clips that would spoil the training, and do nothing else")
+    others = "with --evaluate: metrics of copy-synthesis, beside other checkpoints and folders of sounds"
+    jobs.add_argument("--metrics", nargs="*", metavar="PATH", help=others)
+    add = parser.add_argument_group("where to start").add_argument
     add("-w", "--warm_start", action="store_true", help="take only the weights of the checkpoint, start at iteration 0")
     add("-a", "--average_checkpoint", type=whole_number(1), metavar="N", help="start from the average of the newest N")
-    add("-e", "--epsilon", type=float, help="with -a: exponential weights epsilon (1 - epsilon)^i instead of the mean")
+    exponential = "with -a: exponential weights epsilon (1 - epsilon)^i instead of the mean"
+    add("-e", "--epsilon", type=float, metavar="E", help=exponential)
     add("--resume", choices=["latest"], help="go on from the newest whole checkpoint of the run, if it has any")
-    add("--max_iterations", type=whole_number(1), metavar="N", help="stop training at iteration N")
-    add(
-        "--max_hours",
-        type=number(0, above=True),
-        metavar="H",
-        help="save and end after H hours; --resume goes on",
-    )
+    add = parser.add_argument_group("run").add_argument
+    end = "stop training at iteration N (default: train_config.epochs)"
+    add("--max_iterations", type=whole_number(1), metavar="N", help=end)
+    hours = "save and end after H hours; --resume goes on (default: to the end)"
+    add("--max_hours", type=number(0, above=True), metavar="H", help=hours)
     add("--deterministic", action="store_true", help="the same results twice on the same machine, at some speed")
     add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is any)")
-    others = "with --evaluate: metrics of copy-synthesis, beside other checkpoints and folders of sounds"
-    add("--metrics", nargs="*", metavar="PATH", help=others)
     _add_synthesis(parser.add_argument_group("with --synthesize").add_argument)
+    add_general(parser)
     options = parser.parse_args(arguments)
     _check_combination(parser, options)
     return options
 
 
-SYNTHESIS_FLAGS = (
-    "input",
-    "output",
-    "mel_preset",
-    "format",
-    "seed",
-    "denoise",
-    "precision",
-    "batch_seconds",
-    "match_mel",
-)
-
-
-METRICS_FLAGS = ("input", "seed", "denoise", "precision", "match_mel")  # of those
+METRICS_FLAGS = ("input", "seed", "denoise", "precision", "match_mel")
+SYNTHESIS_FLAGS = (*METRICS_FLAGS, "output", "mel_preset", "format", "batch_seconds")
 
 
 def _add_synthesis(add: Callable[..., object]) -> None:
@@ -269,10 +257,25 @@ def _add_synthesis(add: Callable[..., object]) -> None:
         metavar="N",
         help="of the first clip's noise, the next has N + 1; default: config",
     )
-    add("--denoise", type=number(0), metavar="STRENGTH", help="take off so much of what the model makes of silence")
+    add(
+        "--denoise",
+        type=number(0),
+        metavar="STRENGTH",
+        help="take off so much of what the model makes of silence (default 0)",
+    )
     add("--precision", choices=["float32", "bfloat16", "float16"], help="of the products of synthesis, default float32")
-    add("--batch_seconds", type=number(0), metavar="S", help="audio synthesized at once; 0: a clip at a time")
-    add("--match_mel", type=whole_number(0), metavar="N", help="filter each synthesis N times towards its mel")
+    add(
+        "--batch_seconds",
+        type=number(0),
+        metavar="S",
+        help="seconds of audio at once, by default what suits; 0: a clip",
+    )
+    add(
+        "--match_mel",
+        type=whole_number(0),
+        metavar="N",
+        help="filter each synthesis N times towards its mel (default 0)",
+    )
 
 
 def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -308,7 +311,7 @@ def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namesp
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one job; returns the exit status."""
     options = parse_arguments(arguments)
-    return exit_status(lambda: _run(options), report_error)
+    return exit_status(lambda: _run(options), report_error, options.quiet)
 
 
 def _run(options: argparse.Namespace) -> int:

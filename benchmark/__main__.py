@@ -30,7 +30,7 @@ from benchmark.workloads import BUILDERS, CLIP_SECONDS, Bench, Conditions, has_w
 from config import load_config
 from fast.engine import PRECISIONS, slow_precision_warning
 from harness import terminal
-from harness.arguments import number, whole_number
+from harness.arguments import Help, add_general, number, whole_number
 from harness.errors import InputError
 from harness.stopping import exit_status
 
@@ -45,35 +45,31 @@ BASELINES = {  # of the others: queue
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     options = parse_arguments(arguments)
-    return exit_status(lambda: _measure_all(options))
+    return exit_status(lambda: _measure_all(options), quiet=options.quiet)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(prog="python -m benchmark", description=__doc__, formatter_class=Help)
     precisions, device = ["float32", "bfloat16"], "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument_group("what is measured").add_argument
     add("-c", "--configs", nargs="+", default=CONFIGS, metavar="FILE", help="experiment files")
     add("-w", "--workloads", nargs="+", default=list(BUILDERS), choices=list(BUILDERS), help="what to time")
     add("-p", "--precision", nargs="+", default=precisions, choices=list(PRECISIONS), help="of engine and train")
-    add(
-        "--seconds",
-        type=number(0, above=True),
-        default=CLIP_SECONDS,
-        help="of a synthesized clip (reverse: 0.5 at most)",
-    )
-    add("--batch", type=whole_number(1), default=1, help="clips at a time")
-    add("--compile", action="store_true", help="train: with torch.compile, as train_config.compile")
     add("--memory", action="store_true", help="measure peak memory, one run each, and no times")
     add("--loader", action="store_true", help="measure the training data loader on a made-up corpus, and nothing else")
     add("--fidelity", action="store_true", help="log-mel distances of half-precision synthesis from a trained run")
-    add("--repeats", type=whole_number(1), default=5, help="rounds, after one to warm up")
-    add("--threads", type=whole_number(1), help="CPU threads (default: PyTorch's choice)")
+    add = parser.add_argument_group("conditions").add_argument
+    seconds = "of a synthesized clip (reverse: 0.5 at most)"
+    add("--seconds", type=number(0, above=True), default=CLIP_SECONDS, metavar="S", help=seconds)
+    add("--batch", type=whole_number(1), default=1, metavar="N", help="clips at a time")
+    add("--compile", action="store_true", help="train: with torch.compile, as train_config.compile")
+    add("--repeats", type=whole_number(1), default=5, metavar="N", help="rounds, after one to warm up")
+    add("--threads", type=whole_number(1), metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--device", type=_device, default=device, help="cpu, cuda or cuda:N (default: CUDA where there is any)")
     add("--tf32", action="store_true", help="allow TF32 in float32 products on CUDA")
     add("--json", metavar="FILE", help="write the figures here too")
+    add_general(parser)
     return parser.parse_args(arguments)
 
 
@@ -89,7 +85,7 @@ def _measure_all(options: argparse.Namespace) -> None:
     machine = platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     report = {"torch": torch.__version__, "machine": machine, "device": str(options.device), "threads": threads}
-    terminal.say(f"{options.device}, {threads} thread(s), torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    terminal.tell(f"{options.device}, {threads} thread(s), torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     chosen = _chosen(options.workloads, _fast_precisions(options.precision, options.device), options.device)
     models = {}
     for path in options.configs:

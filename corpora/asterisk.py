@@ -123,7 +123,7 @@ def _decode_all(sounds: dict[str, bytes], folder: Path) -> list[str]:
         return str(path)
 
     with ThreadPoolExecutor() as pool:
-        return list(terminal.bar(pool.map(decode, sounds), "asterisk", len(sounds), unit="clip", disable=None))
+        return list(terminal.bar(pool.map(decode, sounds), "asterisk", len(sounds), unit="clip"))
 
 
 def _is_whole(path: Path) -> bool:

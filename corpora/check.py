@@ -81,7 +81,7 @@ def inspect_corpus(
             clip.errors.append(str(error).removeprefix(f"{clip.file}: "))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in terminal.bar(pool.map(inspect, clips), "check", total=len(clips), unit="clip", disable=None):
+        for _ in terminal.bar(pool.map(inspect, clips), "check", total=len(clips), unit="clip"):
             pass
     _find_duplicates(clips)
     _compare_levels(clips)

@@ -131,7 +131,7 @@ def _convert_all(sources: Sequence[Source], folder: Path, config: Config, how: P
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             results = pool.map(convert, sources)
-            for take in terminal.bar(results, "prepare", len(sources), unit="take", disable=None):
+            for take in terminal.bar(results, "prepare", len(sources), unit="take"):
                 if known.get(take.path) is not take:
                     notes.write(json.dumps(asdict(take)) + "\n")
                 yield take

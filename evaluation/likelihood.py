@@ -82,7 +82,7 @@ def clip_likelihoods(
     results = []
     # A generator of its own: a loader draws a number even if it needs none, and not from a training run's.
     loader = DataLoader(clips, batch_size=None, generator=torch.Generator())
-    for path, audio, mel in terminal.bar(loader, "likelihood", unit="clip", leave=False, disable=None):
+    for path, audio, mel in terminal.bar(loader, "likelihood", unit="clip", leave=False):
         audio = audio[: len(audio) // model.config.n_height * model.config.n_height]
         safe_point()
         z, log_det = likelihood_in_tiles(model, audio.unsqueeze(0).to(device), mel.unsqueeze(0).to(device))

@@ -26,7 +26,7 @@ from experiments.runs import RESULTS, WORK, read_results, run_all
 from experiments.speak import say_scores, speak
 from experiments.tables import claim_table
 from harness import terminal
-from harness.arguments import number, whole_number
+from harness.arguments import Help, add_general, number, whole_number
 from harness.errors import InputError
 from harness.folder import locked_run
 from harness.stopping import exit_status
@@ -38,9 +38,7 @@ SPEECH = PRETRAINED["nanoflow"].parent / "speech"  # held-out recordings that co
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Name of an experiment, and its flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__, formatter_class=Help)
     names = parser.add_subparsers(required=True, metavar="NAME")
     one = names.add_parser("speak", help="a vocoder's speech beside recordings, its untrained filter and white noise")
     one.add_argument("--weights", default="nanoflow", metavar="NAME_OR_PATH", help="as Vocoder.from_pretrained takes")
@@ -67,6 +65,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     one = names.add_parser("tables", help="docs/experiments.md and its plots, from the runs' CSV")
     one.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="table of runs")
     one.set_defaults(run=lambda options: write_page(CLAIMS, options.results))
+    add_general(parser)
+    for one in names.choices.values():
+        one.formatter_class = Help
+        add_general(one, top=False)
     return parser.parse_args(arguments)
 
 
@@ -80,7 +82,7 @@ def _with_corpus(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one experiment; returns the exit status."""
     options = parse_arguments(arguments)
-    return exit_status(lambda: options.run(options))
+    return exit_status(lambda: options.run(options), quiet=options.quiet)
 
 
 def _run_claim(claim: Claim, options: argparse.Namespace) -> None:

@@ -153,10 +153,10 @@ def run_all(runs: Sequence[Run], results: Path = RESULTS, work: Path = WORK, job
     done = read_results(results)
     missing = list({run.key: run for run in runs if run.key not in done}.values())
     if len(missing) < len(runs):
-        terminal.say(f"{len(runs) - len(missing)} of {len(runs)} runs are in {results}")
+        terminal.tell(f"{len(runs) - len(missing)} of {len(runs)} runs are in {results}")
     for number, result in enumerate(_results(missing, work, jobs), 1):
         add_result(results, result)
-        terminal.say(
+        terminal.tell(
             f"{number} of {len(missing)}: {result.name}, seed {result.seed}, {result.steps} steps: log-likelihood "
             f"{result.test_ll:.4f}, log-mel distance {result.log_mel:.3f}, STOI {result.stoi:.3f}, "
             f"{result.seconds:.0f} s"
@@ -215,7 +215,7 @@ class Training:
         self.seconds, self.cpu_seconds = 0.0, 0.0
         state = read_torch_file(self._path) if self._path.exists() else None
         if state is None:
-            self.subject.model.initialise(*first_batch(config))
+            self.subject.model.initialise(*first_batch(make_train_loader(config)))
         self.average = MovingAverage(self.subject, train.ema_decay) if train.ema_decay else None
         if state is not None:
             self._restore(state)

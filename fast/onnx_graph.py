@@ -139,7 +139,7 @@ class Typed(NamedTuple):
     kind: int = FLOAT
 
     def info(self, name: str) -> onnx.ValueInfoProto:
-        """What ONNX wants to know of it; lengths are left open."""
+        """The description that ONNX wants of it; lengths are left open."""
         return helper.make_tensor_value_info(name, self.kind, [None] * self.axes)
 
 

@@ -22,7 +22,8 @@ from harness.processes import agree, is_main
 from harness.stopping import StopRequest, worker_deaths_named
 
 READ_BACK_EVERY = {"cpu": 1, "cuda": 10}  # steps; reading a result back waits for the accelerator
-LINE_SECONDS = 30.0  # from one line to the next where there is no terminal to draw a bar on
+LINE_SECONDS = terminal.LINE_SECONDS
+ESTIMATE_SECONDS = 10.0  # of steps after the first, which takes longer, before the rest is estimated
 
 
 class Trained(Protocol):
@@ -94,6 +95,11 @@ class Loop(ABC):
     def is_due(self, iteration: int) -> bool:
         """Tell whether there is a milestone after this iteration."""
         return iteration % self.every == 0
+
+    def next_due(self) -> int:
+        """Iteration of the next milestone, which the end of the run is too."""
+        ahead = range(self.trained.iteration + 1, self.last)
+        return next((iteration for iteration in ahead if self.is_due(iteration)), self.last)
 
     def begin(self) -> None:  # noqa: B027 (by default nothing)
         """Do what comes before the first step."""
@@ -169,6 +175,8 @@ class Progress:
         self.bar = terminal.bar(total=loop.last, initial=iteration, unit="step", dynamic_ncols=True, disable=hidden)
         self._unsaid: list[Step] = []
         self._seconds = 0.0  # that the unsaid took
+        self._timed, self._timed_seconds, self._warm = 0, 0.0, False  # steps that the estimate is made of
+        self._estimated = not is_main()
 
     def show(self, steps: Sequence[Step], seconds: float) -> None:
         """Move the bar by the steps that were read back; say a line if it is time."""
@@ -176,13 +184,32 @@ class Progress:
         self.bar.update(len(steps))
         self._unsaid.extend(steps)
         self._seconds += seconds
+        if not self._estimated:
+            self._estimate(len(steps), seconds)
         if self._seconds >= LINE_SECONDS:
             self.say()
+
+    def _estimate(self, steps: int, seconds: float) -> None:
+        """Tell once how long the run will take, when enough steps have shown it."""
+        if not self._warm:
+            self._warm = True
+            return
+        self._timed, self._timed_seconds = self._timed + steps, self._timed_seconds + seconds
+        if self._timed_seconds < ESTIMATE_SECONDS:
+            return
+        self._estimated, each = True, self._timed_seconds / self._timed
+        done, due = self.loop.trained.iteration, self.loop.next_due()
+        if done < self.loop.last:
+            terminal.tell(
+                f"{1 / each:.3g} steps/s: iteration {self.loop.last} in about "
+                f"{terminal.duration(each * (self.loop.last - done))}, checkpoint {due} in about "
+                f"{terminal.duration(each * (due - done))}, without what is evaluated at checkpoints"
+            )
 
     def say(self) -> None:
         """Say a line on the steps since the last one, where there is no terminal for a bar."""
         if self.bar.disable and self._unsaid:
-            terminal.say(self.loop.line(self._unsaid, len(self._unsaid) / self._seconds))
+            terminal.tell(self.loop.line(self._unsaid, len(self._unsaid) / self._seconds))
         self._unsaid, self._seconds = [], 0.0
 
 
@@ -204,13 +231,13 @@ class Saver:
             path = self.trained.save()
         except OSError as error:
             self.failed = True
-            terminal.say(  # on stdout, among the reports of the run
+            terminal.say(  # on stdout, among the reports of the run, and also where only warnings are wanted
                 f"warning: the checkpoint of iteration {self.trained.iteration} was not saved "
                 f"({error.strerror or error}); the older ones are intact"
             )
             return
         self.failed = False
-        terminal.say(f"saved {path}")
+        terminal.tell(f"saved {path}")
         if self.trained.bad_steps.in_a_row == 0:
             try:
                 self.trained.prune(path)

@@ -66,11 +66,11 @@ def bar(*arguments: Any, **options: Any) -> tqdm:
     """
     if sys.stderr is None or _hushed:
         options["disable"] = True
-    kind = _Bar
-    if not _is_terminal(sys.stderr):
-        kind, seconds = _Lines, LINE_SECONDS
-        options = {"delay": seconds, "mininterval": seconds, "maxinterval": seconds, **options}
-    return kind(*arguments, file=_Unfailing(sys.stderr), **options)
+    if _is_terminal(sys.stderr):
+        return _Bar(*arguments, file=_Unfailing(sys.stderr), **options)
+    seconds = LINE_SECONDS
+    options = {"delay": seconds, "mininterval": seconds, "maxinterval": seconds, **options}
+    return _Lines(*arguments, file=_WithoutBlanks(sys.stderr), **options)
 
 
 def duration(seconds: float) -> str:
@@ -124,11 +124,7 @@ class _Lines(_Bar):
     def status_printer(file: TextIO) -> Callable[[str], None]:
         """A function that writes a line below the one before."""
 
-        def draw(line: str) -> None:
-            if line.strip():
-                file.write(f"{line}\n")
-
-        return draw
+        return lambda line: file.write(f"{line}\n")
 
 
 class _Unfailing(ObjectWrapper):
@@ -149,6 +145,13 @@ class _Unfailing(ObjectWrapper):
         return self._wrapped == getattr(other, "_wrapped", other)
 
     __hash__ = None
+
+
+class _WithoutBlanks(_Unfailing):
+    """A stream that leaves out the ends of lines that tqdm writes to leave a bar, or to clear its place."""
+
+    def write(self, text: str) -> int:
+        return super().write(text) if text.strip() else len(text)
 
 
 # --- around a command -------------------------------------------------------------------------------------

@@ -54,9 +54,9 @@ class ImageLoop(Loop):
         # Evaluating goes forward only, about a third of a step.
         evaluation = seconds / 3 * len(trainer.data.test.images) / trainer.options.batch_size
         if is_main():
-            terminal.say(
+            terminal.tell(
                 f"an epoch is {n_steps} steps of {trainer.options.batch_size} images: about "
-                f"{_duration(n_steps * seconds)}, and {_duration(evaluation)} for the test images"
+                f"{terminal.duration(n_steps * seconds)}, and {terminal.duration(evaluation)} for the test images"
             )
 
     def close(self) -> None:
@@ -131,10 +131,3 @@ class ImageLoop(Loop):
             save_samples(path, trainer.model, self.temperatures, trainer.options.seed)
         except OSError as error:
             terminal.say(f"warning: the samples were not written ({error.strerror or error})")
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from harness.arguments import number, whole_number
+from harness.arguments import Help, add_general, number, whole_number
 from harness.errors import InputError
 from harness.folder import CONFIG_NAME
 from harness.settings import Settings
@@ -80,6 +80,7 @@ class Options:
     n_samples: int | None
     class_name: str | None
     save_as: str | None
+    quiet: bool
 
 
 def read_options(arguments: Sequence[str] | None = None) -> Options:
@@ -105,7 +106,7 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
             name: values[name]
             for name in (
                 *("download", "saved_model", "saved_optimizer", "fresh", "max_iterations"),
-                *("ood", "ood_dataroot", "fid", "n_samples", "class_name", "save_as"),
+                *("ood", "ood_dataroot", "fid", "n_samples", "class_name", "save_as", "quiet"),
             )
         },
     )
@@ -132,14 +133,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """All flags with their values. Model flags that are not given are None."""
     parser = argparse.ArgumentParser(
         description="Train, evaluate and sample image density models.",
+        formatter_class=Help,
         epilog="Without a job, it trains; --saved_model FILE goes on from a checkpoint, or the newest of a folder.",
     )
     _add_model_flags(parser.add_argument_group("model (from the checkpoint, if there is one)"))
     _add_data_flags(parser.add_argument_group("data (of the run, if there is one)"))
     training = parser.add_argument_group("training")
     _add_training_flags(training)
-    _add_run_flags(training)
+    _add_run_flags(parser.add_argument_group("run"))
     _add_job_flags(parser.add_argument_group("jobs other than training"))
+    add_general(parser)
     return parser.parse_args(arguments)
 
 
@@ -174,17 +177,17 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
 def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     """How to train: the fields of TrainOptions, which says their defaults; None where the run or those decide."""
     add, count, not_negative = group.add_argument, whole_number(1), number(0)
-    add("--batch_size", type=count, help="(default 64)")
-    add("--eval_batch_size", type=count, help="(default: --batch_size)")
-    add("--epochs", type=count, help="(default 3000)")
-    add("--lr", type=number(0, above=True), help="of Adamax (default 5e-4)")
+    add("--batch_size", type=count, metavar="N", help="images of a step (default 64)")
+    add("--eval_batch_size", type=count, metavar="N", help="images at once in evaluations (default: --batch_size)")
+    add("--epochs", type=count, metavar="N", help="passes over the training images (default 3000)")
+    add("--lr", type=number(0, above=True), metavar="RATE", help="learning rate of Adamax (default 5e-4)")
     add("--warmup", type=not_negative, help="epochs of linear warm-up (default 5)")
     add("--y_weight", type=not_negative, help="of the class loss, with --y_condition (default 0.01)")
     add("--max_grad_clip", type=not_negative, help="clip each gradient component (default 0: not)")
     add("--max_grad_norm", type=not_negative, help="clip the gradient norm (default 0: not)")
     add("--n_init_batches", type=count, help="batches that initialise the actnorms (default 8)")
     add("--n_workers", type=whole_number(0), help="data loading processes (default 2)")
-    add("--seed", type=whole_number(0))
+    add("--seed", type=whole_number(0), metavar="N", help="of all random numbers (default 0)")
     add("--amp", action="store_true", default=None, help="estimators in bfloat16")
     add("--sample_every", type=count, metavar="N", help="epochs from one grid of samples to the next (default 1)")
     add("--save_every", type=count, metavar="N", help="iterations from one checkpoint to the next, beside every epoch")

@@ -154,7 +154,7 @@ def read_images(which: DataOptions, download: bool = False) -> ImageData:
     data = load_images(which.dataset, root, form=form)
     if is_main():
         for note in data.notes:
-            terminal.say(f"{root}: {note}")
+            terminal.tell(f"{root}: {note}")
     return data
 
 
@@ -242,7 +242,7 @@ def _check_fit(config: ImageModelConfig, data: ImageData, dataset: str) -> None:
 def load_model(start: Start, given: Mapping[str, Any], device: torch.device, *images: Any) -> ImageFlow:
     """The trained model of a checkpoint on the device, for jobs; given and images as for `make_model`."""
     model = make_model(start, given, *images)
-    terminal.say(f"weights: {start['path']}, iteration {start.get('iteration', 'unknown')}")
+    terminal.tell(f"weights: {start['path']}, iteration {start.get('iteration', 'unknown')}")
     return model.to(device).eval()
 
 

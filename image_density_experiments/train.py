@@ -64,13 +64,13 @@ def train(options: Options, device: torch.device) -> int:
         model = make_model(start, options.model, data, which.dataset).to(device)
         model.memory = options.memory
         if start is not None:
-            terminal.say(f"weights: {start['path']}, iteration {start.get('iteration', 'unknown')}")
+            terminal.tell(f"weights: {start['path']}, iteration {start.get('iteration', 'unknown')}")
         about_data = data_record(which, data)
         trainer = Trainer(model, data, how, folder, start, {"data": about_data})
         last = min(how.epochs * trainer.batches_per_epoch, options.max_iterations or sys.maxsize)
         record = {**model.config.to_dict(), **how.to_dict(), **about_data}
         on_main(lambda: record_start(folder, record, processes=world_size()))
-        terminal.say(
+        terminal.tell(
             f"{model.config.model_type}: {count_parameters(model):,} parameters, {name_of(which)}: "
             f"{len(data.train.images)} training and {len(data.test.images)} test images, iterations "
             f"{trainer.iteration} to {last} on {device}, files in {folder}"
@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options) -> int:
+    terminal.hush(options.quiet)
     job, device = JOBS[options.job], choose_device(options.device)
     with process_group(device, resume=ckpt.REMEDIES.resume):
         return job(options, device) if options.job in SHARED else on_main(lambda: job(options, device))

@@ -20,7 +20,7 @@ from model import FlowVocoder
 SUFFIXES = (".onnx", ".pt2")
 FRAMES = (2, 3, 9)  # of the mels that are compared
 TOLERANCE = 1e-4
-INSTALL = "pip install -r requirements-extra.txt"
+INSTALL = "install the packages of requirements-extra.txt"
 
 Synthesis = Callable[[Tensor], tuple[Tensor, Tensor]]  # mel [1, M, F] -> audio [1, T] and its noise [1, T]
 

@@ -187,7 +187,9 @@ def _export(options: argparse.Namespace) -> None:
         inputs += f", noise [1, {samples}]"
     terminal.say(f"{out}: {os.path.getsize(out):,} bytes; {inputs} -> audio [1, {samples}]")
     if compared is None:
-        terminal.say("not compared with the model: onnxruntime is not installed; pip install -r requirements-extra.txt")
+        terminal.say(
+            "not compared with the model: onnxruntime is not installed; install the packages of requirements-extra.txt"
+        )
     else:
         terminal.say(f"largest difference from the model's audio, by {compared.program}: {compared.difference:.1e}")
 

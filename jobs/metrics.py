@@ -45,7 +45,7 @@ def measure_all(
 def _measured(vocoder: Vocoder, systems: dict[str, Maker], entries: Sequence[str]) -> Iterator[ClipMetrics]:
     """Figures of this process's share of the recordings, one at a time."""
     recordings = share(list(enumerate(entries)))
-    for number, entry in terminal.bar(recordings, "metrics", unit="clip", leave=False, disable=None):
+    for number, entry in terminal.bar(recordings, "metrics", unit="clip", leave=False):
         safe_point()
         audio = read_recording(entry, vocoder.data)
         recording = Recording(audio, vocoder.mel_spectrogram)

@@ -116,7 +116,7 @@ def _write_batch(sounds: Sequence[Sound], folder: Path, vocoder: Vocoder, reques
             with written_whole(folder / sound.clip.output) as temporary:
                 temporary.write_bytes(encoded(sound.audio, vocoder.sampling_rate, request.format))
         speed = _speed(len(sound.audio), sound.seconds, vocoder.sampling_rate)
-        terminal.say(f"{sound.clip.output}: {speed}{shared}")
+        terminal.tell(f"{sound.clip.output}: {speed}{shared}")
         if (recording := sound.clip.recording) is not None:
             picture = (folder / sound.clip.output).with_suffix(".png")
             distances = compare_with_recording(sound.audio, recording, vocoder.mel_spectrogram, picture)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import jobs.files
 import train
 from config import REMEDIES, Config
 from image_density_experiments import checkpoint as image_ckpt
@@ -41,6 +42,10 @@ def data_flags(capsys):
     return set.union(
         *(flags_of(data.main, capsys, command) for command in ("mel", "prepare", "ljspeech", "asterisk", "demo"))
     )
+
+
+def file_flags(capsys):
+    return set.union(*(flags_of(jobs.files.main, capsys, command) for command in ("info", "convert", "export")))
 
 
 def check(message, flags, keys=KEYS):
@@ -242,7 +247,7 @@ def test_refusals_of_the_data_command(arguments, place, capsys, tmp_path, monkey
 
 # --- every message there is -------------------------------------------------------------------------------
 
-SPEAKERS = {"InputError", "Remedies", "error", "warn", "say", "print"}  # functions whose texts a user reads
+SPEAKERS = {"InputError", "Remedies", "error", "warn", "say", "tell", "print"}  # functions whose texts a user reads
 
 
 def texts(path):
@@ -261,12 +266,13 @@ def test_shared_rooms_name_no_flag_and_no_key():
 
 def test_every_text_of_a_commands_rooms_names_what_the_command_has(capsys):
     vocoder, images, corpora = vocoder_flags(capsys), image_flags(capsys), data_flags(capsys)
+    others = {"data.py": corpora, "corpora": corpora, "jobs/files.py": file_flags(capsys)}
     benchmarks = {"benchmark", "experiments", "tests", "harness", "fast", "image_density_experiments"}
     for path in ROOT.rglob("*.py"):
         room = path.relative_to(ROOT).parts
         if room[0] not in benchmarks and not room[0].startswith(".") and "site-packages" not in room:
             for text in texts(path):
-                check(text, vocoder | corpora if room[0] in ("data.py", "corpora") else vocoder)
+                check(text, vocoder.union(others.get(room[0], ()), others.get("/".join(room), ())))
     for path in (ROOT / "image_density_experiments").glob("*.py"):
         for text in texts(path):
             check(text, images, keys=set())

@@ -67,7 +67,7 @@ class VocoderLoop(Loop):
         self.log.charts(CHARTS)
         if self.trained.iteration == 0:
             if is_main():
-                terminal.say(NEGATIVE_IS_RIGHT if self.expected is None else f"{NEGATIVE_IS_RIGHT}; {self.expected}")
+                terminal.tell(NEGATIVE_IS_RIGHT if self.expected is None else f"{NEGATIVE_IS_RIGHT}; {self.expected}")
             self._report_likelihood()
             self._report_flows()
 
@@ -115,7 +115,7 @@ class VocoderLoop(Loop):
         """Checkpoint, likelihood, statistics of the flows, sample."""
         self.saver.save()
         if is_main() and self.expected is not None and (standing := self.expected.standing(self.losses)):
-            terminal.say(str(standing))
+            terminal.tell(str(standing))
         self._report_likelihood()
         self._report_flows()
         if is_main():

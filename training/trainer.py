@@ -62,15 +62,17 @@ class Trainer:
         if start is not None:
             load = ckpt.load_fitting_weights if warm else ckpt.load_weights
             load(self.model, start.weights, f"checkpoint {start.name}")
-        elif config.waveflow_config.linear_prediction:
-            self.model.initialise(*(tensor.to(device) for tensor in first_batch(config)))
+        self.loader = make_train_loader(
+            config, 0 if start is None or warm else start.iteration, rank(), world_size(), device
+        )
+        if start is None and config.waveflow_config.linear_prediction:
+            self.model.initialise(*(tensor.to(device) for tensor in first_batch(self.loader)))
         self.average = MovingAverage(self.model, train.ema_decay) if train.ema_decay else None
         if start is not None and not warm:
             scheduled, bad_before = self._restore(start)
         self.schedule = make_schedule(self.optimizer, train, scheduled)
         self.parallel = data_parallel(self.model, device)
         self.parts = self._parts_of_a_batch()
-        self.loader = make_train_loader(config, self.iteration, rank(), world_size(), device)
         self.mel_statistics = self._mel_statistics(None if warm else start)
         self.bad_steps = BadSteps(train.max_bad_steps, self._files_of, REMEDIES.bad_steps, bad_before)
 

@@ -168,3 +168,18 @@ def test_nothing_is_done_where_nothing_is_left(tmp_path):
     model.iteration = 5
     run = NumberLoop(model, last=5)
     assert run.run() and run.milestones == [] and model.saved == []
+
+
+def test_the_time_that_the_run_will_take_is_told_once_it_can_be_known(tmp_path, capsys):
+    run = NumberLoop(Number(tmp_path), last=1000, every=400)
+    run.trained.iteration = 13
+    step = loop.Step(13, (1.0, 1.0), 0.1)
+    run.progress.show([step], 30.0)  # the first, which takes longer
+    for _ in range(12):
+        run.progress.show([step], 1.0)
+    run.close()
+    told = [line for line in capsys.readouterr().out.splitlines() if "about" in line]
+    assert told == [
+        "1 steps/s: iteration 1000 in about 16.4 min, checkpoint 400 in about 6.5 min, without what is evaluated at "
+        "checkpoints"
+    ]

@@ -260,3 +260,65 @@ def test_what_libraries_warn_of_is_one_line_once(capsys):
         warnings.simplefilter("always")
         exit_status(job)
     assert capsys.readouterr().err == "warning: of a library\n"
+
+
+class Terminal(io.StringIO):
+    """A terminal, or with `of_a_log` a file, that remembers what was written."""
+
+    def __init__(self, of_a_log=False):
+        super().__init__()
+        self.isatty = lambda: not of_a_log
+
+
+def on(stream, monkeypatch, **environment):
+    """What a command writes to stderr there."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    terminal.warn("a \x1b[2J")
+    terminal.error("b")
+    return stream.getvalue()
+
+
+def test_warnings_and_errors_have_a_coloured_word_on_terminals_that_want_it(monkeypatch):
+    plain = "warning: a \\x1b[2J\nerror: b\n"
+    assert on(Terminal(), monkeypatch) == "\x1b[33mwarning:\x1b[0m a \\x1b[2J\n\x1b[31merror:\x1b[0m b\n"
+    assert on(Terminal(), monkeypatch, NO_COLOR="1") == on(Terminal(), monkeypatch, TERM="dumb") == plain
+    assert on(Terminal(of_a_log=True), monkeypatch) == plain
+
+
+def test_a_bar_in_a_log_is_lines_and_nothing_where_the_work_is_short(monkeypatch):
+    log = Terminal(of_a_log=True)
+    monkeypatch.setattr(sys, "stderr", log)
+    assert list(terminal.bar(range(3), "clips")) == [0, 1, 2]
+    assert log.getvalue() == ""
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
+    list(terminal.bar(range(3), "clips"))
+    assert "\r" not in log.getvalue() and log.getvalue().count("clips:") == log.getvalue().count("\n") >= 3
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    list(terminal.bar(range(3), "clips"))
+    assert sys.stderr.getvalue().startswith("\rclips:   0%")
+
+
+def test_a_quiet_command_says_warnings_errors_and_results(monkeypatch, capsys):
+    def job():
+        terminal.tell("under way")
+        list(terminal.bar(range(3), delay=0))
+        terminal.warn("careful")
+        terminal.say("a result")
+        raise InputError("wrong")
+
+    assert exit_status(job, quiet=True) == 1
+    assert capsys.readouterr() == ("a result\n", "warning: careful\nerror: wrong\n")
+    exit_status(job)
+    assert "under way\n" in capsys.readouterr().out  # quiet ends with its command
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(4.24, "4.2 s"), (75, "75 s"), (600, "10.0 min"), (9000, "2.5 h"), (260_000, "3.0 days")],
+)
+def test_durations_are_as_people_say_them(seconds, text):
+    assert terminal.duration(seconds) == text
