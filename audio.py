@@ -8,6 +8,7 @@ written before its length was known; libsndfile is three times slower for crops,
 import os
 import shlex
 import struct
+import warnings
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -234,13 +235,20 @@ class MelSpectrogram(nn.Module):
         import librosa.filters  # seconds to import, and only needed here
 
         self.config = config = parse_section(DataConfig, data_config, "data_config.")
-        filters = librosa.filters.mel(
-            sr=config.sampling_rate,
-            n_fft=config.filter_length,
-            n_mels=config.n_mel_channels,
-            fmin=config.mel_fmin,
-            fmax=config.mel_fmax,
-        )
+        with warnings.catch_warnings(action="ignore"):  # of what is said below, in the words of the config
+            filters = librosa.filters.mel(
+                sr=config.sampling_rate,
+                n_fft=config.filter_length,
+                n_mels=config.n_mel_channels,
+                fmin=config.mel_fmin,
+                fmax=config.mel_fmax,
+            )
+        if n_empty := int((filters.max(axis=1) == 0).sum()):
+            warnings.warn(
+                f"{n_empty} of {config.n_mel_channels} mel bands hold no frequency of the Fourier transform and stay "
+                "silent; raise data_config.filter_length, or lower n_mel_channels",
+                stacklevel=2,
+            )
         self.register_buffer("filters", torch.from_numpy(filters), persistent=False)  # [80, n_fft/2 + 1]
         self.register_buffer("window", torch.hann_window(config.win_length), persistent=False)
 

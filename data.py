@@ -33,7 +33,7 @@ from audio import (
 )
 from config import REMEDIES, Config, DataConfig, load_config
 from harness import terminal
-from harness.arguments import Help, add_general
+from harness.arguments import Help, Parser, add_general
 from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
 from harness.errors import InputError
 from harness.lists import read_entries
@@ -366,9 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from corpora.command import add_commands  # the recipes stand above this room, and only this command line needs them
 
-    parser = argparse.ArgumentParser(
-        prog="data.py", description="Prepare corpora, and mels of recordings.", formatter_class=Help
-    )
+    parser = Parser(prog="data.py", description="Prepare corpora, and mels of recordings.", formatter_class=Help)
     add_general(parser)
     commands = parser.add_subparsers(required=True, metavar="command")
 

@@ -20,6 +20,7 @@ from config import DataConfig, WaveFlowConfig
 from fast.engine import engine_of
 from fast.estimators import Execution, FastFlows, folded_flows
 from harness.errors import InputError
+from harness.memory import require_memory
 from harness.settings import parse_section
 from linear_prediction import LinearPrediction
 from modules import (
@@ -193,7 +194,10 @@ def build_model(
     """
     if data_config is not None:
         data_config = parse_section(DataConfig, data_config, "data_config.")
-    return FlowVocoder(parse_section(WaveFlowConfig, waveflow_config, "waveflow_config."), data_config)
+    config = parse_section(WaveFlowConfig, waveflow_config, "waveflow_config.")
+    sizes = f"res_channels {config.res_channels}, n_layer {config.n_layer}, n_flow {config.n_flow}"
+    require_memory(4.0 * config.weights_at_least, f"a model of {sizes}", "lower res_channels, n_layer or n_flow")
+    return FlowVocoder(config, data_config)
 
 
 def row_orders(config: WaveFlowConfig) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -39,7 +39,7 @@ from data import (
 from evaluation.likelihood import clip_likelihoods, summarise_lists, write_likelihoods
 from fast.engine import slow_precision_warning
 from harness import terminal
-from harness.arguments import Help, add_general, number, whole_number
+from harness.arguments import Help, Parser, add_general, number, whole_number
 from harness.devices import choose_device, make_deterministic
 from harness.errors import InputError
 from harness.folder import locked_run, record_start
@@ -50,6 +50,7 @@ from jobs.report import write_run_report
 from jobs.synthesis import STDOUT, Request, synthesize_all
 from model import FlowVocoder, count_parameters
 from synthesis.mel_checks import MelReader, MelStatistics
+from synthesis.mel_matching import MAX_PASSES
 from synthesis.mel_presets import PRESETS
 from training.loop import train_until
 from training.precision import slow_half_warning
@@ -205,7 +206,7 @@ def _record_and_say(trainer: Trainer, last: int) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of the published train.py, and a few more."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(description=__doc__, formatter_class=Help)
     add = parser.add_argument_group("model").add_argument
     add("-c", "--config", metavar="FILE", help="experiment file, see configs/; not needed with --weights")
     weights = "what to evaluate, synthesize or --warm_start with: a file, a run's folder, or a name"
@@ -223,7 +224,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("-w", "--warm_start", action="store_true", help="take only the weights of the checkpoint, start at iteration 0")
     add("-a", "--average_checkpoint", type=whole_number(1), metavar="N", help="start from the average of the newest N")
     exponential = "with -a: exponential weights epsilon (1 - epsilon)^i instead of the mean"
-    add("-e", "--epsilon", type=float, metavar="E", help=exponential)
+    add("-e", "--epsilon", type=number(0, above=True, maximum=1, below=True), metavar="E", help=exponential)
     add("--resume", choices=["latest"], help="go on from the newest whole checkpoint of the run, if it has any")
     add = parser.add_argument_group("run").add_argument
     end = "stop training at iteration N (default: train_config.epochs)"
@@ -272,7 +273,7 @@ def _add_synthesis(add: Callable[..., object]) -> None:
     )
     add(
         "--match_mel",
-        type=whole_number(0),
+        type=whole_number(0, MAX_PASSES),
         metavar="N",
         help="filter each synthesis N times towards its mel (default 0)",
     )

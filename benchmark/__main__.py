@@ -30,7 +30,8 @@ from benchmark.workloads import BUILDERS, CLIP_SECONDS, Bench, Conditions, has_w
 from config import load_config
 from fast.engine import PRECISIONS, slow_precision_warning
 from harness import terminal
-from harness.arguments import Help, add_general, number, whole_number
+from harness.arguments import Help, Parser, add_general, number, whole_number
+from harness.devices import choose_device
 from harness.errors import InputError
 from harness.stopping import exit_status
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark", description=__doc__, formatter_class=Help)
+    parser = Parser(prog="python -m benchmark", description=__doc__, formatter_class=Help)
     precisions, device = ["float32", "bfloat16"], "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument_group("what is measured").add_argument
     add("-c", "--configs", nargs="+", default=CONFIGS, metavar="FILE", help="experiment files")
@@ -61,11 +62,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--fidelity", action="store_true", help="log-mel distances of half-precision synthesis from a trained run")
     add = parser.add_argument_group("conditions").add_argument
     seconds = "of a synthesized clip (reverse: 0.5 at most)"
-    add("--seconds", type=number(0, above=True), default=CLIP_SECONDS, metavar="S", help=seconds)
-    add("--batch", type=whole_number(1), default=1, metavar="N", help="clips at a time")
+    add("--seconds", type=number(0, above=True, maximum=3600), default=CLIP_SECONDS, metavar="S", help=seconds)
+    add("--batch", type=whole_number(1, 2**12), default=1, metavar="N", help="clips at a time")
     add("--compile", action="store_true", help="train: with torch.compile, as train_config.compile")
-    add("--repeats", type=whole_number(1), default=5, metavar="N", help="rounds, after one to warm up")
-    add("--threads", type=whole_number(1), metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--repeats", type=whole_number(1, 10**6), default=5, metavar="N", help="rounds, after one to warm up")
+    add("--threads", type=whole_number(1, 2**10), metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--device", type=_device, default=device, help="cpu, cuda or cuda:N (default: CUDA where there is any)")
     add("--tf32", action="store_true", help="allow TF32 in float32 products on CUDA")
     add("--json", metavar="FILE", help="write the figures here too")
@@ -74,7 +75,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def _device(text: str) -> torch.device:
-    device = torch.device(text)
+    try:
+        device = choose_device(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return torch.device("cuda", 0) if device == torch.device("cuda") else device  # one, where training would take all
 
 

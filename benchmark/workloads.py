@@ -15,6 +15,7 @@ from config import Config, WaveFlowConfig
 from fast.engine import PRECISIONS, SynthesisEngine
 from fast.estimators import Execution
 from harness.devices import allow_tf32
+from harness.memory import require_memory
 from model import SHARING, FlowVocoder, build_model
 
 CLIP_SECONDS = 6.5  # the mean clip of LJSpeech
@@ -64,6 +65,8 @@ class Bench:
 
     def clip(self, seconds: float) -> tuple[Tensor, Tensor]:
         """A mel [B, M, F] and noise [B, 1, h, W] for at least `seconds` of audio."""
+        batch, device = self.conditions.batch, self.conditions.device
+        require_memory(8 * batch * seconds * RATE, f"{batch} x {seconds:g} s of audio", "choose less", device)
         mel = self._mel(max(2, round(seconds * RATE / self.model.config.hop_length) + 1))
         return mel, self.model.sample_noise(mel, 1.0)
 

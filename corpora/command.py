@@ -6,6 +6,7 @@ from pathlib import Path
 from config import load_config
 from corpora import asterisk, demo, ljspeech, report
 from corpora.prepare import Preparation, prepare
+from corpora.recordings import MAX_HOURS
 from harness import terminal
 from harness.arguments import number
 
@@ -39,9 +40,9 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     add("inputs", metavar="IN", nargs="+", help="folders of recordings, recordings, lists of them")
     add("output", metavar="OUT", help="folder for the corpus; what it holds already is not done again")
     add("-c", "--config", required=True, help="experiment file whose data_config says rate and mel")
-    add("--trim_db", type=number(0), default=default.trim_db, metavar="DB",
+    add("--trim_db", type=number(0, maximum=300), default=default.trim_db, metavar="DB",
         help="silence at the ends is so far below the loudest frame, default 60; 0: keep it")  # fmt: skip
-    add("--max_seconds", type=number(1), default=default.max_seconds, metavar="S",
+    add("--max_seconds", type=number(1, maximum=3600 * MAX_HOURS), default=default.max_seconds, metavar="S",
         help="cut longer takes at their pauses, default 15")  # fmt: skip
     add("--level", choices=["keep", "peak", "loudness"], default=default.level,
         help="bring each take to a peak of 0.95 or to -23 LUFS; default: keep its level")  # fmt: skip

@@ -26,10 +26,11 @@ from experiments.runs import RESULTS, WORK, read_results, run_all
 from experiments.speak import say_scores, speak
 from experiments.tables import claim_table
 from harness import terminal
-from harness.arguments import Help, add_general, number, whole_number
+from harness.arguments import Help, Parser, add_general, number, whole_number
 from harness.errors import InputError
 from harness.folder import locked_run
 from harness.stopping import exit_status
+from synthesis.mel_matching import MAX_PASSES
 from vocoder import PRETRAINED, Vocoder
 
 CLAIMS = (ordering.CLAIM, early.CLAIM, beyond.CLAIM)
@@ -38,27 +39,27 @@ SPEECH = PRETRAINED["nanoflow"].parent / "speech"  # held-out recordings that co
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Name of an experiment, and its flags."""
-    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__, formatter_class=Help)
+    parser = Parser(prog="python -m experiments", description=__doc__, formatter_class=Help)
     names = parser.add_subparsers(required=True, metavar="NAME")
     one = names.add_parser("speak", help="a vocoder's speech beside recordings, its untrained filter and white noise")
     one.add_argument("--weights", default="nanoflow", metavar="NAME_OR_PATH", help="as Vocoder.from_pretrained takes")
     one.add_argument("--output", type=Path, default=Path("demo/speech"), metavar="DIR", help="default demo/speech")
     one.add_argument("-t", "--temp", type=number(0), default=1.0, help="standard deviation of the noise, default 1")
-    one.add_argument("--match_mel", type=whole_number(1), default=4, metavar="N", help="passes, default 4")
+    one.add_argument("--match_mel", type=whole_number(1, MAX_PASSES), default=4, metavar="N", help="passes, default 4")
     one.add_argument("--list", metavar="FILE", help="a file with one recording per line, instead of RECORDING")
     one.add_argument("recordings", nargs="*", metavar="RECORDING", help="wavs; default: those of the shipped weights")
     one.set_defaults(run=_speak)
     for claim in CLAIMS:
         one = _with_corpus(names.add_parser(claim.name, help=claim.question))
-        one.add_argument("--seeds", type=whole_number(1), default=claim.seeds, metavar="N", help="1 to N")
+        one.add_argument("--seeds", type=whole_number(1, 1000), default=claim.seeds, metavar="N", help="1 to N")
         one.add_argument("--steps", type=whole_number(1), default=claim.steps, metavar="N", help="of each run")
-        one.add_argument("--jobs", type=whole_number(1), default=1, metavar="N", help="runs at a time, default 1")
+        one.add_argument("--jobs", type=whole_number(1, 2**8), default=1, metavar="N", help="runs at a time, default 1")
         one.add_argument("--only", action="append", metavar="SETTING", help="run this one; may be given again")
         one.set_defaults(run=lambda options, claim=claim: _run_claim(claim, options))
     one = _with_corpus(names.add_parser("floor", help="linear prediction alone, at several orders"))
     one.set_defaults(run=lambda options: measure_floors(options.data, results=options.results))
     one = _with_corpus(names.add_parser("curve", help="expected loss by step of the demo's config, as train.py shows"))
-    one.add_argument("--seeds", type=whole_number(1), default=3, metavar="N", help="1 to N, default 3")
+    one.add_argument("--seeds", type=whole_number(1, 1000), default=3, metavar="N", help="1 to N, default 3")
     one.add_argument("--steps", type=whole_number(1), default=600, metavar="N", help="default 600")
     one.add_argument("--losses", type=Path, nargs="+", metavar="FILE", help="of runs of train.py, instead of new ones")
     one.set_defaults(run=_curve)

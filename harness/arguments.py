@@ -1,13 +1,36 @@
-"""Parts that all command lines have: what each of them understands, and types of numbers that argparse converts and
-refuses, each in one line."""
+"""Parts that all command lines have: a parser whose complaints are printable, what each of them understands, and types
+of numbers, each within a range."""
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 
+from harness.errors import MAX_SHOWN, one_line
 from harness.folder import VERSION
+
+MAX_COMPLAINT = 300  # characters
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that repeats what it was given shortened and escaped."""
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Flags and what is left, as of any parser; before Python 3.13 `--flag=--` would pass for no value at all."""
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: expected a value, got '--'")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and one line, and end the program with status 2."""
+        super().error(one_line(message, MAX_COMPLAINT))
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -43,26 +66,31 @@ def whole_number(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]
     def convert(text: str) -> int:
         value = int(text)
         if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text}: expected at least {minimum}")
+            raise argparse.ArgumentTypeError(f"{_shown(text)}: expected at least {minimum}")
         if value > maximum:
-            raise argparse.ArgumentTypeError(f"{text}: expected at most {maximum}")
+            raise argparse.ArgumentTypeError(f"{_shown(text)}: expected at most {maximum}")
         return value
 
     convert.__name__ = "whole number"  # argparse says "invalid whole number value"
     return convert
 
 
-def number(minimum: float, above: bool = False, maximum: float = 1e6) -> Callable[[str], float]:
-    """An argparse type: finite numbers from `minimum`, or above it, to `maximum`."""
+def number(minimum: float, above: bool = False, maximum: float = 1e6, below: bool = False) -> Callable[[str], float]:
+    """An argparse type: finite numbers from `minimum`, or above it, to `maximum`, or below it."""
 
     def convert(text: str) -> float:
         value = float(text)
         if not minimum <= value < math.inf or (above and value == minimum):
             expected = f"a number above {minimum:g}" if above else f"a number of at least {minimum:g}"
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-        if value > maximum:
-            raise argparse.ArgumentTypeError(f"{text}: expected at most {maximum:g}")
+            raise argparse.ArgumentTypeError(f"{_shown(text)}: expected {expected}")
+        if value > maximum or (below and value == maximum):
+            expected = f"a number below {maximum:g}" if below else f"at most {maximum:g}"
+            raise argparse.ArgumentTypeError(f"{_shown(text)}: expected {expected}")
         return value
 
     convert.__name__ = "number"
     return convert
+
+
+def _shown(text: str) -> str:
+    return one_line(text, MAX_SHOWN)

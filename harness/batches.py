@@ -95,16 +95,17 @@ class BatchLoader(DataLoader):
         **options: Any,
     ) -> None:
         self._worker_died = worker_died
-        super().__init__(
-            dataset,
-            num_workers=n_workers,
-            persistent_workers=n_workers > 0,
-            pin_memory=device is not None and device.type == "cuda",
-            worker_init_fn=_begin_worker,
-            # DataLoader draws a seed for its workers even if they need none; left alone, from the global generator.
-            generator=torch.Generator().manual_seed(seed),
-            **options,
-        )
+        with warnings.catch_warnings(action="ignore"):  # more workers than cores are the user's wish
+            super().__init__(
+                dataset,
+                num_workers=n_workers,
+                persistent_workers=n_workers > 0,
+                pin_memory=device is not None and device.type == "cuda",
+                worker_init_fn=_begin_worker,
+                # DataLoader draws a seed for its workers even if they need none; left alone, from the global generator.
+                generator=torch.Generator().manual_seed(seed),
+                **options,
+            )
 
     def __iter__(self) -> Iterator[Any]:
         try:

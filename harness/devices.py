@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.errors import InputError
+from harness.errors import MAX_SHOWN, InputError, one_line
 from harness.processes import local_rank, place, world_size
 
 
@@ -23,8 +23,8 @@ def choose_device(name: str | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device {name}: unknown; expected cpu, cuda or cuda:N") from None
+    except (RuntimeError, ValueError):  # ValueError: half of a surrogate pair
+        raise InputError(f"device {one_line(name, MAX_SHOWN)}: unknown; expected cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name}: not supported; expected cpu, cuda or cuda:N")
     if device.type == "cuda" and place()[1] > 1:

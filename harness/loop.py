@@ -144,6 +144,7 @@ class Loop(ABC):
                     self.milestone(finished)
                 self._began = time.perf_counter()  # the pause is none of the speed
             if finished:
+                agree(self.stop, finally_=True)  # a signal to one of them may have ended the evaluation of all
                 return
 
     def _read_back(self) -> None:

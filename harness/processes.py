@@ -198,16 +198,19 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
-def agree(stop: StopRequest) -> bool:
+def agree(stop: StopRequest, finally_: bool = False) -> bool:
     """Agree on stopping: where one process is to stop, all are, for the same reason.
 
-    A signal that comes while they agree is kept for the next time.
+    A signal that comes while they agree is kept for the next time. finally_: there is none, and what comes later is
+    too late; so all end with the same status.
     """
+    wanted = bool(stop)
     if world_size() > 1:
-        asked = torch.tensor([stop.signal or 0, bool(stop)])
+        asked = torch.tensor([stop.signal or 0, wanted])
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         number, wanted = asked.tolist()
-        if number:
+        if finally_:
+            stop.settle(number or None)
+        elif number:
             stop.signal = number
-        return bool(wanted)
-    return bool(stop)
+    return bool(wanted)

@@ -91,7 +91,7 @@ class StopRequest:
     def __init__(self, hours: float | None = None) -> None:
         self.signal: int | None = None
         self._hours, self._deadline = hours, math.inf if hours is None else time.monotonic() + 3600 * hours
-        self._interrupted_at = math.inf
+        self._interrupted_at, self._settled = math.inf, False
         self._process = os.getpid()
 
     def __bool__(self) -> bool:
@@ -121,7 +121,13 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def settle(self, number: int | None) -> None:
+        """Take this signal, or none, for the one that came; others that come from now on change nothing."""
+        self._settled, self.signal = True, number
+
     def _note(self, number: int, _: FrameType | None) -> None:
+        if self._settled:
+            return
         if os.getpid() != self._process:  # a data loading process that has not yet said that it leaves signals alone
             return
         if number == signal.SIGINT:

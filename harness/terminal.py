@@ -203,6 +203,22 @@ def _fill_closed_descriptors() -> None:
                 os.close(opened)
 
 
+@contextlib.contextmanager
+def libraries_hushed() -> Iterator[None]:
+    """Context in which nothing reaches stderr's descriptor: for libraries in C that speak to it, in a single thread."""
+    with contextlib.ExitStack() as stack:
+        try:
+            before = os.dup(2)
+            stack.callback(os.close, before)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, nowhere)
+            os.dup2(nowhere, 2)
+            stack.callback(os.dup2, before, 2)
+        except OSError:  # no stderr, or no descriptor left: then it is as it is
+            pass
+        yield
+
+
 def settle() -> None:
     """Let go of what could not be written, or the interpreter would end with a complaint and a status of its own."""
     for stream in (sys.stdout, sys.stderr):

@@ -7,6 +7,7 @@ published files lack: the permutations' `indices` and the actnorms' `initialised
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -152,22 +153,59 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, start: Mapping[str, Any]) -> None:
-    """Restore the optimizer of `model` from what `load_checkpoint` returned; InputError where it does not fit."""
-    order = parameter_order(model, start["model"])
-    state = start.get("training_state", {})
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Contents of a file; what it lacks is None or empty."""
+
+    path: Path
+    weights: Mapping[str, Tensor]  # under the published names, for `load_weights`
+    config: Mapping[str, Any] | None = None  # of the model
+    options: Mapping[str, Any] = field(default_factory=dict)  # of its training
+    data: Mapping[str, Any] = field(default_factory=dict)  # its images, and what they were
+    iteration: int | None = None
+    epoch: int | None = None  # of published files, which count no iterations
+    optimizer: Any = None
+    training_state: Any = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.path}, iteration {'unknown' if self.iteration is None else self.iteration}"
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The contents that `load_checkpoint` returns, told apart. Raises InputError."""
+    return told_apart(path, load_checkpoint(path))
+
+
+def told_apart(path: Path, content: Mapping[str, Any]) -> Checkpoint:
+    """A file's entries as a Checkpoint; what else is among them is left out. Raises InputError."""
+    for name in ("config", "options", "data"):
+        if not isinstance(content.get(name, {}), dict):
+            raise InputError(f"checkpoint {path}: its {name} is damaged")
+    known = {part.name: content[part.name] for part in fields(Checkpoint) if part.name in content}
+    if empty := [name for name, entry in known.items() if entry is None]:
+        raise InputError(f"checkpoint {path}: its {empty[0]} is damaged")
+    return Checkpoint(**{**known, "path": path, "weights": content["model"]})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, start: Checkpoint) -> None:
+    """Restore the optimizer of `model` from a checkpoint; InputError where it does not fit."""
+    order, state = parameter_order(model, start.weights), start.training_state
     skipped = state.get("bad_steps", 0) if isinstance(state, Mapping) else 0
-    stepped = not (type(skipped) is int and skipped >= start.get("iteration", MAX_STEPS))
-    checkpoints.load_optimizer(optimizer, model, start["optimizer"], order, REMEDIES.weights_only, stepped)
+    stepped = not (type(skipped) is int and skipped >= _last_step(start))
+    checkpoints.load_optimizer(optimizer, model, start.optimizer, order, REMEDIES.weights_only, stepped)
 
 
-def checked_state(start: Mapping[str, Any]) -> Mapping[str, Any]:
+def _last_step(start: Checkpoint) -> int:
+    return MAX_STEPS if start.iteration is None else start.iteration
+
+
+def checked_state(start: Checkpoint) -> Mapping[str, Any]:
     """The saved `training_state`, empty in published files; InputError where it is damaged."""
     return checkpoints.checked(lambda: _checked_state(start), "training state is damaged", REMEDIES.weights_only)
 
 
-def _checked_state(start: Mapping[str, Any]) -> Mapping[str, Any]:
-    state, iteration = start.get("training_state", {}), start.get("iteration", MAX_STEPS)
+def _checked_state(start: Checkpoint) -> Mapping[str, Any]:
+    state, iteration = start.training_state, _last_step(start)
     require(isinstance(state, Mapping), "it", state)
     for name in ("bad_steps", "epoch_steps"):
         value = state.get(name, 0)
@@ -186,11 +224,11 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return checkpoints.list_checkpoints(folder, FILE_NAME)
 
 
-def newest_checkpoint(folder: Path, usable: Callable[[dict[str, Any]], None] = lambda start: None) -> dict[str, Any]:
-    """The newest checkpoint of a run that can be read, as `load_checkpoint` returns it, and its `path`."""
+def newest_checkpoint(folder: Path, usable: Callable[[Checkpoint], None] = lambda start: None) -> Checkpoint:
+    """The newest checkpoint of a run that can be read, and for which `usable` raises no InputError."""
 
-    def read_usable(path: Path) -> dict[str, Any]:
-        start = {**load_checkpoint(path), "path": path}
+    def read_usable(path: Path) -> Checkpoint:
+        start = read_checkpoint(path)
         try:
             usable(start)
         except InputError as error:

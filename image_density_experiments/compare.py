@@ -52,7 +52,7 @@ def read_run(folder: Path) -> Run:
     if not checkpoints or not epochs:
         raise InputError(f"{folder}: holds no run with a whole epoch; train it first")
     start = newest_checkpoint(folder)
-    config = parse_section(ImageModelConfig, start.get("config"), f"checkpoint {start['path']}: config.")
+    config = parse_section(ImageModelConfig, start.config, f"checkpoint {start.path}: config.")
     steps, last = folder / STEP_FILE, epochs[-1]
     curve = [(_whole(row, "iteration", steps), _number(row, "bits_per_dim", steps)) for row in _rows(steps)]
     bits = [_number(last, column, folder / EPOCH_FILE) for column in ("train_bits_per_dim", "test_bits_per_dim")]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from harness.errors import InputError
 from harness.files import written_whole
+from harness.memory import require_memory
 from harness.processes import rank, world_size
 from harness.stopping import safe_point
 from image_density_experiments.data import quantise, test_batches
@@ -48,6 +49,12 @@ def one_hot(labels: Tensor, model: ImageFlow) -> Tensor | None:
     return F.one_hot(labels, model.config.y_classes).to(next(model.parameters()))
 
 
+def check_batch(model: ImageFlow, n: float, device: torch.device) -> None:
+    """InputError where a pass forward of n images takes more memory than the device has left."""
+    needed = 4 * n * (model.config.numbers_per_image(None) + 2 * model.config.n_dims)
+    require_memory(needed, f"{model.config.describe()}, {n:.0f} images at once", "lower the batch's size", device)
+
+
 @torch.no_grad()
 def bits_per_dim(
     model: ImageFlow,
@@ -63,6 +70,7 @@ def bits_per_dim(
     """
     first, every = (rank(), world_size()) if shared else (0, 1)
     device = next(model.parameters()).device
+    check_batch(model, min(batch_size, len(split.images)) / every, device)
     generator = torch.Generator().manual_seed(seed)
     results, n_seen = [torch.empty(0)], 0
     with evaluating(model):

@@ -19,7 +19,7 @@ from harness.errors import InputError
 from image_density_experiments.data import quantise
 from image_density_experiments.evaluation import bits_per_dim
 from image_density_experiments.model import ImageFlow
-from image_density_experiments.runs import class_names, make_model, starting_point
+from image_density_experiments.runs import class_names, make_model, model_config, starting_point
 from image_density_experiments.sampling import Samples, draw, shown
 from image_density_experiments.splits import Split
 
@@ -43,7 +43,7 @@ class ImageDensity:
         config: fields of ImageModelConfig, for files of the published code, which lack them. Raises InputError.
         """
         start = starting_point(Path(path))
-        model = make_model(start, config).to(choose_device(device))
+        model = make_model(start, model_config(start, config)).to(choose_device(device))
         return cls(model, class_names(start, model))
 
     @property

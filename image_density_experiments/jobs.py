@@ -11,13 +11,13 @@ from harness import terminal
 from harness.errors import InputError
 from harness.processes import gather, is_main
 from image_density_experiments import quality
+from image_density_experiments.checkpoint import Checkpoint
 from image_density_experiments.datasets import OWN
 from image_density_experiments.evaluation import auroc, bits_per_dim, interpolate, reconstruct, write_bits
 from image_density_experiments.figures import save_histogram, save_image_rows
 from image_density_experiments.model import ImageFlow
 from image_density_experiments.options import DATASETS_FOLDER, DataOptions, Options, TrainOptions
 from image_density_experiments.runs import (
-    Start,
     check_same_images,
     class_names,
     data_options,
@@ -41,7 +41,7 @@ class Job(NamedTuple):
     data: ImageData
     which: DataOptions
     how: TrainOptions
-    start: Start
+    start: Checkpoint
     folder: Path
 
 
@@ -54,8 +54,8 @@ def _job(options: Options, device: torch.device) -> Job:
     return Job(model, data, which, train_options(options, start), start, _results(options, start))
 
 
-def _results(options: Options, start: Start) -> Path:
-    folder = options.output_dir / "evaluation" / start["path"].stem
+def _results(options: Options, start: Checkpoint) -> Path:
+    folder = options.output_dir / "evaluation" / start.path.stem
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -92,14 +92,19 @@ def _bits(job: Job, split: Split, shared: bool = False) -> np.ndarray:
     return bits_per_dim(job.model, split, job.how.evaluated_at_once, job.how.seed, job.how.amp, shared)
 
 
+def _mean(bits: np.ndarray) -> str:
+    finite = bits[np.isfinite(bits)]
+    return f"{finite.mean():.4f}" if len(finite) else "none finite"
+
+
 def _warn_of_lost(name: str, bits: np.ndarray) -> None:
     if n_lost := int((~np.isfinite(bits)).sum()):
         terminal.warn(f"{n_lost} of {len(bits)} images of {name} have no finite bits/dim; they are left out of means")
 
 
-def _warn_of_grey(n: int, what: str) -> None:
+def _warn_of_grey(n: int, what: str, where: str = "in the picture") -> None:
     if n:
-        terminal.warn(f"{n} {what} hold values that are not finite: grey in the picture")
+        terminal.warn(f"{n} {what} hold values that are not finite: grey {where}")
 
 
 def compare_datasets(options: Options, device: torch.device) -> int:
@@ -125,9 +130,7 @@ def compare_datasets(options: Options, device: torch.device) -> int:
     save_histogram(path.with_suffix(".png"), bits, f"AUROC of bits/dim for {list(names)[1]}: {area:.4f}")
     for name, values in bits.items():
         _warn_of_lost(name, values)
-    means = ", ".join(
-        f"{name} {values[np.isfinite(values)].mean():.4f} ({len(values)})" for name, values in bits.items()
-    )
+    means = ", ".join(f"{name} {_mean(values)} ({len(values)})" for name, values in bits.items())
     terminal.say(f"bits/dim: {means}; AUROC {area:.4f} (more bits: from outside)\nfiles: {job.folder}")
     return 0
 
@@ -220,7 +223,9 @@ def measure_quality(options: Options, device: torch.device) -> int:
     rows = ["temperature,fid,kid,kid_std,n_features,n_test,n_samples"]
     for temperature in options.temperatures:
         samples = draw(job.model, n, temperature, job.how.seed)
-        made = quality.features_of(shown(samples.images, job.model.config.n_bits).pixels, features)
+        images = shown(samples.images, job.model.config.n_bits)
+        _warn_of_grey(images.n_not_finite, "samples", "and were compared so")
+        made = quality.features_of(images.pixels, features)
         result = quality.distance(real, made, job.how.seed)
         rows.append(",".join(map(str, (temperature, *result, len(real), n))))
         terminal.say(

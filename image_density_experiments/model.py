@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from harness.errors import InputError
+from harness.errors import InputError, show
 from harness.settings import Settings, Sizes, Switch, parse_section
 from image_density_experiments.checkpoint import load_weights as load_weights
 from image_density_experiments.memory import MEMORY_MODES
@@ -40,6 +40,7 @@ from image_density_experiments.modules import (
     squeeze,
     unsqueeze,
 )
+from image_density_experiments.splits import MAX_CLASSES
 
 
 class Depth(NamedTuple):
@@ -71,6 +72,8 @@ DESIGNS = {
     "nanoflowalt": Design(shared_estimator=True, depth=SHALLOW, shared_projection=False, indication=True),
 }
 GATES = 6  # allocated per step; nanoflowalt uses two, and keeps six so that counts and checkpoints agree
+MAX_HIDDEN, MAX_STEPS, MAX_LEVELS, MAX_SIDE = 2**14, 2**10, 12, 2**12
+MIN_SCALE, MAX_SCALE = 1e-6, 1e6
 PERMUTATIONS = ("invconv", "shuffle", "reverse")
 
 
@@ -79,23 +82,25 @@ class ImageModelConfig(Settings):
 
     model_type: Literal[*DESIGNS] = "nanoflow"
     image_shape: Sizes = (32, 32, 3)
-    hidden_channels: int = Field(512, ge=1)
-    K: int = Field(32, ge=1)
-    L: int = Field(3, ge=1)
-    actnorm_scale: float = Field(1.0, gt=0)
+    hidden_channels: int = Field(512, ge=1, le=MAX_HIDDEN)
+    K: int = Field(32, ge=1, le=MAX_STEPS)
+    L: int = Field(3, ge=1, le=MAX_LEVELS)
+    actnorm_scale: float = Field(1.0, ge=MIN_SCALE, le=MAX_SCALE)
     flow_permutation: Literal[*PERMUTATIONS] = "invconv"
     flow_coupling: Literal[*COUPLINGS] = "affine"
     LU_decomposed: Switch = True
-    flow_embed_dim: int = Field(1, ge=1)
+    flow_embed_dim: int = Field(1, ge=1, le=MAX_HIDDEN)
     learn_top: Switch = True
     y_condition: Switch = False
-    y_classes: int = Field(10, ge=1)
+    y_classes: int = Field(10, ge=1, le=MAX_CLASSES)
     n_bits: int = Field(8, ge=1, le=8)
 
     @model_validator(mode="after")
     def _relations(self) -> Self:
-        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
-            raise InputError(f"image_shape {list(self.image_shape)}: expected (height, width, channels)")
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1 or max(self.image_shape) > MAX_SIDE:
+            raise InputError(
+                f"image_shape {show(list(self.image_shape))}: expected (height, width, channels), each 1 to {MAX_SIDE}"
+            )
         height, width, _ = self.image_shape
         block = 2**self.L
         if height % block or width % block:
@@ -109,6 +114,34 @@ class ImageModelConfig(Settings):
     def design(self) -> Design:
         """The row of DESIGNS."""
         return DESIGNS[self.model_type]
+
+    @property
+    def weights_at_least(self) -> int:
+        """Weights of the estimators and permutations, which are most of them."""
+        hidden, depth, total = self.hidden_channels, self.design.depth, 0
+        for level in range(self.L):
+            channels, height, width = self.level_shape(level)
+            first, *others = depth.layers
+            estimator = hidden * (first**2 * channels // 2 + hidden * sum(kernel**2 for kernel in others))
+            projection = depth.projection**2 * hidden * channels // 2
+            total += estimator * (1 if self.design.shared_estimator else self.K)
+            total += projection * (1 if self.design.shared_projection else self.K)
+            total += channels**2 * self.K if self.flow_permutation == "invconv" else 0
+            total += self.K * height * width * self.flow_embed_dim * 2**level if self.design.indication else 0
+        return total
+
+    def numbers_per_image(self, memory: str | None) -> float:
+        """Numbers that an image takes at least: in a training step of that memory mode, or None: in a pass forward."""
+        of_a_layer = [self.hidden_channels * math.prod(self.level_shape(level)[1:]) for level in range(self.L)]
+        n_layers = len(self.design.depth.layers)
+        if memory == "plain":
+            return 2 * n_layers * self.K * sum(of_a_layer)  # what a layer gives, before and behind its normalisation
+        return 2 * max(of_a_layer) * (1 if memory is None else n_layers)
+
+    def describe(self) -> str:
+        """Sizes that decide on memory, in words."""
+        sizes = f"hidden_channels {self.hidden_channels}, K {self.K}, L {self.L}"
+        return f"{self.model_type} of {sizes} for {self.image_shape[0]}x{self.image_shape[1]} pixels"
 
     @property
     def n_dims(self) -> int:

@@ -10,13 +10,14 @@ Files are opened by their content, never by their name, and only in the formats 
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from harness import terminal
 from harness.errors import InputError, reason
 from harness.files import RefusedFile, open_file, read_bytes
 
@@ -29,7 +30,11 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
 MAX_PICTURE_BYTES = 2**29
-MAX_PIXELS = 1 << 27  # 134 million: a header that claims more is refused before anything is decoded
+# 67 million: a header that claims more is refused before it is decoded. Photographs of 48 million pixels take some
+# 0.4 GB for a moment, JPEGs that are scaled down a sixteenth of it.
+MAX_PIXELS = 1 << 26
+LARGE = 1 << 22  # pixels beyond which a JPEG is decoded no larger than scaling it down needs
+FINER = 4  # times the size that is wanted: then the scaling can hardly tell
 GREY_MODES = ("1", "L", "LA", "La", "I")
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262  # tags
 
@@ -76,7 +81,10 @@ def read_picture(path: Path, form: ImageForm) -> np.ndarray:
     from PIL import ImageOps
 
     with _opened(path) as image:
-        image.load()
+        if form.size is not None and image.format == "JPEG" and image.width * image.height > LARGE:
+            image.draft(None, (FINER * form.size, FINER * form.size))
+        with terminal.libraries_hushed() if image.format == "TIFF" else nullcontext():
+            image.load()
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
         return to_pixels(image, form)
@@ -104,7 +112,9 @@ def to_pixels(image: "Image", form: ImageForm) -> np.ndarray:
     if image.has_transparency_data:
         above = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, form.background), above)
-    image = image.convert("RGB").convert("L" if channels == 1 else "RGB")  # exact for grey pixels
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert("RGB").convert(mode)  # exact for grey pixels
     if form.size is not None:  # antialiased: the filter widens with the reduction
         image = ImageOps.fit(image, (form.size, form.size), Image.Resampling.LANCZOS)
     pixels = np.array(image)

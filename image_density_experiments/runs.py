@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ from harness.checkpoints import checked, read_torch_file
 from harness.errors import InputError
 from harness.files import read_text
 from harness.folder import CONFIG_NAME
+from harness.memory import require_memory
 from harness.processes import is_main, on_main
 from harness.settings import parse_section
 from harness.training_state import check_random_state
 from image_density_experiments import checkpoint as ckpt
+from image_density_experiments.checkpoint import Checkpoint
 from image_density_experiments.datasets import OWN, load_images
 from image_density_experiments.model import ImageFlow, ImageModelConfig
 from image_density_experiments.options import DATASETS_FOLDER, DataOptions, Options, TrainOptions
 from image_density_experiments.pictures import ImageForm, picture_bytes
 from image_density_experiments.splits import ImageData, Split
 
-Start = dict[str, Any]  # what `checkpoint.load_checkpoint` returns, and the `path`
 # Options that are the run's own, and those whose change makes it another one than was begun.
 RUNS_OWN = ("batch_size", "epochs", "lr", "warmup", "weight_decay", "y_weight", "max_grad_clip", "max_grad_norm")
 RUNS_OWN += ("n_init_batches", "seed", "augmented", "amp")
@@ -40,41 +42,37 @@ COMPARED = 16  # images of a split that tell it from another one
 # --- where it starts --------------------------------------------------------------------------------------------
 
 
-def starting_point(model: Path | None, optimizer: Path | None = None) -> Start | None:
+def starting_point(model: Path | None, optimizer: Path | None = None) -> Checkpoint | None:
     """Contents of --saved_model and --saved_optimizer; of a folder, its newest checkpoint that can be read."""
     if model is None:
         if optimizer is not None:
             raise InputError("--saved_optimizer belongs to a model; give --saved_model with it")
         return None
-    start = (
-        ckpt.newest_checkpoint(model, check_usable)
-        if model.is_dir()
-        else {**ckpt.load_checkpoint(model), "path": model}
-    )
+    start = ckpt.newest_checkpoint(model, check_usable) if model.is_dir() else ckpt.read_checkpoint(model)
     if optimizer is None:
         return start
     number = re.search(r"_(\d+)$", model.stem)  # published files are numbered by epochs
-    epoch = {"epoch": int(number[1])} if number else {}
-    return {**epoch, **start, "optimizer": read_torch_file(optimizer)}
+    epoch = int(number[1]) if number and start.epoch is None else start.epoch
+    return replace(start, epoch=epoch, optimizer=read_torch_file(optimizer))
 
 
-def check_usable(start: Mapping[str, Any]) -> None:
+def check_usable(start: Checkpoint) -> None:
     """InputError where the model that a checkpoint describes has other weights, or where a run cannot go on from it.
 
     What a published file does not say is not missed.
     """
     state = ckpt.checked_state(start)
     checked(lambda: check_random_state(state), "random state is damaged", ckpt.REMEDIES.weights_only)
-    if "config" not in start:
+    if start.config is None:
         return
     with torch.random.fork_rng(devices=[]):  # none of the run's own random numbers
-        model = ImageFlow(parse_section(ImageModelConfig, start["config"], "config."))
-    ckpt.load_weights(model, start["model"])
-    if "optimizer" in start:
+        model = ImageFlow(parse_section(ImageModelConfig, start.config, "config."))
+    ckpt.load_weights(model, start.weights)
+    if start.optimizer is not None:
         ckpt.load_optimizer(torch.optim.Adamax(model.parameters()), model, start)
 
 
-def trained_start(options: Options) -> Start:
+def trained_start(options: Options) -> Checkpoint:
     """The checkpoint for a job that needs a trained model."""
     path = options.saved_model or options.output_dir
     if not path.exists():
@@ -82,20 +80,17 @@ def trained_start(options: Options) -> Start:
     return on_main(lambda: starting_point(path))
 
 
-def _section(start: Start | None, name: str) -> dict[str, Any]:
-    """An entry of a checkpoint that is a dict; empty where there is none."""
-    entry = {} if start is None else start.get(name, {})
-    if not isinstance(entry, dict):
-        raise InputError(f"checkpoint {start['path']}: its {name} is damaged")
-    return entry
+def _told(start: Checkpoint | None, name: str) -> Mapping[str, Any]:
+    """What a checkpoint says of its `config`, `options` or `data`; nothing without one."""
+    return {} if start is None else getattr(start, name) or {}
 
 
 # --- how to train -----------------------------------------------------------------------------------------------
 
 
-def train_options(options: Options, start: Start | None) -> TrainOptions:
+def train_options(options: Options, start: Checkpoint | None) -> TrainOptions:
     """The options of the run, with the flags that were given; InputError where they make it another one."""
-    saved = {name: value for name, value in _section(start, "options").items() if name in RUNS_OWN}
+    saved = {name: value for name, value in _told(start, "options").items() if name in RUNS_OWN}
     given = options.train
     if options.job == "train" and saved.get("augmented") and given.get("augmented") is False:
         raise InputError("--no_augment: the run was trained with augmentation; leave the flag out, or start a new run")
@@ -108,12 +103,12 @@ def train_options(options: Options, start: Start | None) -> TrainOptions:
 # --- its images -------------------------------------------------------------------------------------------------
 
 
-def data_options(options: Options, start: Start | None) -> DataOptions:
+def data_options(options: Options, start: Checkpoint | None) -> DataOptions:
     """Choice of images: those of the run; InputError where a flag says otherwise in training, or nothing says which."""
     given, saved = dict(options.data), _saved_data(start)
     if start is not None and "dataset" not in {**saved, **given}:
         raise InputError(
-            f"checkpoint {start['path']}: does not say which images it was trained on; name them with --dataset"
+            f"checkpoint {start.path}: does not say which images it was trained on; name them with --dataset"
         )
     if options.job == "train":
         for name in given.keys() & saved.keys() - {"dataroot"}:  # they may have moved: they are compared themselves
@@ -127,15 +122,15 @@ def data_options(options: Options, start: Start | None) -> DataOptions:
     merged = {**saved, **given}
     if merged.get("dataset") != OWN:
         merged = {name: value for name, value in merged.items() if name in given or name in ("dataset", "dataroot")}
-    elif shape := _section(start, "config").get("image_shape"):
+    elif shape := _told(start, "config").get("image_shape"):
         merged.setdefault("channels", shape[2])
     return parse_section(DataOptions, {name: value for name, value in merged.items() if value is not None})
 
 
-def _saved_data(start: Start | None) -> dict[str, Any]:
-    saved = {name: value for name, value in _section(start, "data").items() if name in DataOptions.model_fields}
+def _saved_data(start: Checkpoint | None) -> dict[str, Any]:
+    saved = {name: value for name, value in _told(start, "data").items() if name in DataOptions.model_fields}
     if start is not None and not saved:  # an older checkpoint: its folder knows at least the name
-        record = start["path"].parent / CONFIG_NAME
+        record = start.path.parent / CONFIG_NAME
         try:
             saved = {"dataset": json.loads(read_text(record, MAX_RECORD_BYTES))["dataset"]}
         except (OSError, ValueError, KeyError, TypeError):
@@ -163,9 +158,9 @@ def name_of(which: DataOptions) -> str:
     return f"{OWN} {Path(which.dataroot or DATASETS_FOLDER).resolve().name}" if which.dataset == OWN else which.dataset
 
 
-def check_same_images(start: Start | None, which: DataOptions, data: ImageData, training: bool) -> None:
+def check_same_images(start: Checkpoint | None, which: DataOptions, data: ImageData, training: bool) -> None:
     """InputError where a run would go on with other images than it began with; a warning before another job."""
-    saved = _section(start, "data")
+    saved = _told(start, "data")
     if "images" not in saved or saved["images"] == identity(data):
         return
     if not training:
@@ -211,14 +206,14 @@ def _content(split: Split, index: int) -> bytes:
 # --- its model --------------------------------------------------------------------------------------------------
 
 
-def make_model(
-    start: Start | None, given: Mapping[str, Any], data: ImageData | None = None, dataset: str = ""
-) -> ImageFlow:
-    """The model of the flags, or of the checkpoint, which must not contradict them; with its weights.
+def model_config(
+    start: Checkpoint | None, given: Mapping[str, Any], data: ImageData | None = None, dataset: str = ""
+) -> ImageModelConfig:
+    """The sizes that the flags give, or the checkpoint, which they must not contradict.
 
-    data: the images that it is for, where there are some; dataset: their name.
+    data: the images that the model is for, where there are some; dataset: their name.
     """
-    saved = _section(start, "config")
+    saved = _told(start, "config")
     for name, value in given.items():
         if name in saved and saved[name] != value:
             raise InputError(f"--{name} {value}: the checkpoint's model has {saved[name]!r}; leave the flag out")
@@ -226,9 +221,15 @@ def make_model(
     config = parse_section(ImageModelConfig, {**from_data, **given, **saved})
     if data is not None:
         _check_fit(config, data, dataset)
+    return config
+
+
+def make_model(start: Checkpoint | None, config: ImageModelConfig) -> ImageFlow:
+    """The model, with the weights of a checkpoint if there is one. InputError where there is no memory for it."""
+    require_memory(4.0 * config.weights_at_least, config.describe(), "lower hidden_channels, K or the images' size")
     model = ImageFlow(config)
     if start is not None:
-        ckpt.load_weights(model, start["model"])
+        ckpt.load_weights(model, start.weights)
     return model
 
 
@@ -239,14 +240,14 @@ def _check_fit(config: ImageModelConfig, data: ImageData, dataset: str) -> None:
         raise InputError(f"the model knows {config.y_classes} classes, {dataset} has {data.n_classes or 'no'} labels")
 
 
-def load_model(start: Start, given: Mapping[str, Any], device: torch.device, *images: Any) -> ImageFlow:
-    """The trained model of a checkpoint on the device, for jobs; given and images as for `make_model`."""
-    model = make_model(start, given, *images)
-    terminal.tell(f"weights: {start['path']}, iteration {start.get('iteration', 'unknown')}")
+def load_model(start: Checkpoint, given: Mapping[str, Any], device: torch.device, *images: Any) -> ImageFlow:
+    """The trained model of a checkpoint on the device, for jobs; given and images as for `model_config`."""
+    model = make_model(start, model_config(start, given, *images))
+    terminal.tell(f"weights: {start}")
     return model.to(device).eval()
 
 
-def class_names(start: Start, model: ImageFlow) -> tuple[str, ...]:
+def class_names(start: Checkpoint, model: ImageFlow) -> tuple[str, ...]:
     """Names of the model's classes, as its images had them; numbers where they had none."""
-    names = _section(start, "data").get("class_names", [])
+    names = _told(start, "data").get("class_names", [])
     return tuple(names) if len(names) == model.config.y_classes else tuple(map(str, range(model.config.y_classes)))

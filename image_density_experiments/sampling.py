@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.files import written_whole
+from harness.memory import require_memory
 from harness.stopping import safe_point
 from image_density_experiments.data import to_pixels
 from image_density_experiments.evaluation import evaluating, one_hot
@@ -51,6 +52,7 @@ def draw(model: ImageFlow, n: int, temperature: float, seed: int, labels: Tensor
 
     labels [n]: classes for a model that is conditioned on them, by default all of them in turn.
     """
+    require_memory(8.0 * n * model.config.n_dims, f"{n} samples", "draw fewer at a time")
     if labels is None:
         labels = torch.arange(n) % model.config.y_classes
     parts, n_drawn, n_rejected = [], 0, 0

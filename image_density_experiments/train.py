@@ -36,12 +36,13 @@ from image_density_experiments.runs import (
     data_options,
     data_record,
     make_model,
+    model_config,
     name_of,
     read_images,
     starting_point,
     train_options,
 )
-from image_density_experiments.trainer import Trainer
+from image_density_experiments.trainer import Trainer, check_memory
 
 RUN_FILES = (
     *("glow_model_*.pt", "losses.csv", "epochs.csv", "config.json", "run_record.jsonl", "tensorboard"),
@@ -61,10 +62,12 @@ def train(options: Options, device: torch.device) -> int:
         if options.fresh:
             on_main(lambda: clear(folder, RUN_FILES))
         torch.manual_seed(how.seed)
-        model = make_model(start, options.model, data, which.dataset).to(device)
+        sizes = model_config(start, options.model, data, which.dataset)
+        check_memory(sizes, how, options.memory, device)
+        model = make_model(start, sizes).to(device)
         model.memory = options.memory
         if start is not None:
-            terminal.tell(f"weights: {start['path']}, iteration {start.get('iteration', 'unknown')}")
+            terminal.tell(f"weights: {start}")
         about_data = data_record(which, data)
         trainer = Trainer(model, data, how, folder, start, {"data": about_data})
         last = min(how.epochs * trainer.batches_per_epoch, options.max_iterations or sys.maxsize)

@@ -15,23 +15,39 @@ from harness.bad_steps import BadSteps, step_if_finite
 from harness.batches import BatchLoader
 from harness.checkpoints import keep_newest, random_state
 from harness.devices import data_parallel, prepare_training, steps_of_one_shape
+from harness.memory import require_memory
 from harness.processes import mean, rank, share_of_batch, world_size
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.data import make_train_loader, training_images
 from image_density_experiments.datasets import ImageData
 from image_density_experiments.evaluation import half_precision, one_hot
-from image_density_experiments.model import ImageFlow
+from image_density_experiments.model import ImageFlow, ImageModelConfig
 from image_density_experiments.options import TrainOptions
 
 KEPT_CHECKPOINTS = 10
 MAX_BAD_STEPS = 10  # in a row, with a loss or gradient that is not finite
+BYTES_PER_WEIGHT = 16  # itself, its gradient and Adamax' two moments
+
+
+def check_memory(config: ImageModelConfig, options: TrainOptions, memory: str, device: torch.device) -> None:
+    """InputError where a training step, or the batches that initialise, take more memory than the device has left."""
+    on_all = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
+    n = options.batch_size / (on_all if world_size() == 1 else world_size())
+    step = n * (2 if options.amp else 4) * config.numbers_per_image(memory)
+    first = options.n_init_batches * options.batch_size * 4 * (config.numbers_per_image(None) + 2 * config.n_dims)
+    weights = BYTES_PER_WEIGHT * config.weights_at_least
+    for needed, what, which in (
+        (step + weights, f"a step of {options.batch_size} images", "batch_size"),
+        (first + weights, f"{options.n_init_batches} x {options.batch_size} images to initialise", "n_init_batches"),
+    ):
+        remedy = f"lower {which}, hidden_channels, K or the images' size, or recompute activations"
+        require_memory(needed, f"{config.describe()}, {what}", remedy, device)
 
 
 class Trainer:
     """One run: the model, its optimizer, its place in the data.
 
-    start: what `load_checkpoint` returned for weights that the model has already loaded, or None. entries: what else
-    its checkpoints say.
+    start: the checkpoint whose weights the model has already loaded, or None. entries: what else its checkpoints say.
     """
 
     def __init__(
@@ -40,7 +56,7 @@ class Trainer:
         data: ImageData,
         options: TrainOptions,
         folder: Path,
-        start: dict[str, Any] | None,
+        start: ckpt.Checkpoint | None,
         entries: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.data, self.options, self.folder = model, data, options, folder
@@ -75,12 +91,13 @@ class Trainer:
         indices = [index for _, index in self.loader.batch_sampler.batch(step)]
         return [f"image {index}" if files is None else str(files[index]) for index in indices]
 
-    def _restore(self, start: dict[str, Any]) -> int:
+    def _restore(self, start: ckpt.Checkpoint) -> int:
         """Go on where a checkpoint was written; returns the bad steps just before it."""
-        if "optimizer" not in start:
+        if start.optimizer is None:
             return 0
         ckpt.load_optimizer(self.optimizer, self.model, start)
-        self.iteration = start.get("iteration", start.get("epoch", 0) * self.batches_per_epoch)
+        by_epochs = (start.epoch or 0) * self.batches_per_epoch
+        self.iteration = by_epochs if start.iteration is None else start.iteration
         state = ckpt.checked_state(start)
         ckpt.restore_random_state(state, self.device)
         self._bits = state.get("epoch_bits", 0.0)

@@ -14,7 +14,7 @@ import checkpoint as ckpt
 from checkpoint import Checkpoint
 from config import Config, load_config
 from harness import terminal
-from harness.arguments import Help, add_general, number
+from harness.arguments import Help, Parser, add_general, number
 from harness.errors import InputError
 from harness.files import written_whole
 from harness.safetensors_files import SUFFIX
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Flags of the commands."""
     first = __doc__.splitlines()[0]
-    whole = argparse.ArgumentParser(prog="checkpoint.py", description=first, formatter_class=Help)
+    whole = Parser(prog="checkpoint.py", description=first, formatter_class=Help)
     commands = whole.add_subparsers(required=True, metavar="command")
     info = commands.add_parser("info", help="what a file holds, in a few lines")
     convert = commands.add_parser("convert", help="the same weights in another format")

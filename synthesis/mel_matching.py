@@ -16,6 +16,7 @@ from torch import Tensor
 from audio import MelSpectrogram
 from linear_prediction import bands_to_bins
 
+MAX_PASSES = 1000
 MAX_CHANGE = 3.0  # nats in one pass, 26 dB: where there is next to nothing, nothing is made of rounding errors
 
 

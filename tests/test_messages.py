@@ -134,7 +134,6 @@ REFUSED = {  # by words of the message
     "moving average 'ema' is damaged": lambda place: place.damaged(ema={}),
     "-a 7 needs 7": lambda place: ["-a", 7, "--evaluate"],
     "expected the folder that holds": lambda place: [*place.damaged(), "-a", 2],
-    "between 0 and 1": lambda place: ["-a", 2, "-e", 1.5, "--evaluate"],
     "--warm_start takes weights": lambda place: ["--warm_start", "--set", "train_config.output_directory=none"],
     "no checkpoint in": lambda place: ["--evaluate", "--set", "waveflow_config.model_name=none"],
     "device tpu: unknown": lambda place: ["--device", "tpu"],

@@ -24,6 +24,7 @@ from model import FlowVocoder, build_model
 from modules import FlowLoss
 from synthesis.mel_checks import MelStatistics
 from training.mel_statistics import training_mel_statistics
+from training.memory import check_memory
 from training.optimisation import MovingAverage, make_schedule, schedule_state
 from training.precision import make_precision
 from training.resuming import checked_state
@@ -49,6 +50,7 @@ class Trainer:
         self.config, self.device, self.folder = config, device, folder
         self.spared = () if start is None else start.sources
         train = config.train_config
+        check_memory(config, device)
         prepare_training(device)
         torch.manual_seed(train.seed)
         self.model = build_model(config.waveflow_config, config.data_config).to(device)

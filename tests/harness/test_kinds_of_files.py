@@ -108,7 +108,7 @@ def metadata(path):
 def run_record(path):
     """The config beside a checkpoint that does not say on which images it was trained; it may be missing."""
     path.rename(path.with_name("config.json"))
-    start = {"path": path.with_name("glow_model_1.pt"), "model": {}}
+    start = image_ckpt.Checkpoint(path=path.with_name("glow_model_1.pt"), weights={})
     data_options(read_options(["--evaluate"]), start)
 
 

@@ -1,7 +1,9 @@
 """Two gloo processes do what one does: train, resume, evaluate, synthesize; and what happens when one dies."""
 
+import itertools
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -37,11 +39,11 @@ def be_process(number, place, log, arguments):
         sys.exit(job(list(map(str, arguments))))
 
 
-def start_two(log, *arguments):
+def start_two(log, *arguments, be=None, more=()):
     """The processes that torchrun would start, forked off this one."""
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=be_process, args=(n, place, log, arguments)) for n in (0, 1)]
+    processes = [fork.Process(target=be or be_process, args=(n, place, log, arguments, *more)) for n in (0, 1)]
     for process in processes:
         process.start()
     return processes
@@ -152,6 +154,56 @@ def test_a_signal_stops_all_after_the_same_step(config, tmp_path, signalled):
     [saved] = ckpt.list_checkpoints(tmp_path / "runs" / "tiny")
     assert ckpt.load_checkpoint(saved)["iteration"] == int(losses(saved.parent)[-1][0])
     assert "stopped by SIGTERM; go on with --resume latest" in log.read_text()
+
+
+def signal_at(point, when, nth):
+    """Have this process send itself SIGTERM before or after the nth call of a function."""
+    module, _, name = point.rpartition(".")
+    owner = pkgutil.resolve_name(module)
+    real, count = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments, **options):
+        now = next(count) == nth
+        if now and when == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        result = real(*arguments, **options)
+        if now and when == "after":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    setattr(owner, name, call)
+
+
+def be_signalled(number, place, log, arguments, who, *point):
+    if number == who:
+        signal_at(*point)
+    be_process(number, place, log, arguments)
+
+
+POINTS = [
+    "training.trainer.Trainer.step", "training.trainer.Trainer.save", "harness.loop.agree", "training.loop.gather",
+    "harness.processes.dist.all_reduce", "training.loop.clip_likelihoods", "training.loop.VocoderLoop.milestone",
+    "harness.loop.Loop._read_back", "harness.loop.Saver.save",
+]  # fmt: skip
+QUICK = [("harness.loop.agree", "after", 3, 1), ("training.loop.gather", "before", 2, 1),
+         ("training.loop.clip_likelihoods", "before", 2, 1), ("harness.loop.Saver.save", "after", 2, 0)]  # fmt: skip
+ALL = list(itertools.product(POINTS, ("before", "after"), (1, 2), (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("point", "when", "nth", "who"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.soak) for case in ALL)]
+)
+def test_a_signal_at_any_point_ends_both_alike(config, tmp_path, point, when, nth, who):
+    """The second milestone is the last: a signal there still is one of all, or of none."""
+    log, path = tmp_path / "said.txt", config(train_config__iters_per_checkpoint=2)
+    processes = start_two(log, "-c", path, "--max_iterations", 4, be=be_signalled, more=(who, point, when, nth))
+    first, second = ended(processes)
+    said = log.read_text()
+    assert first == second and first in (0, 128 + signal.SIGTERM), said
+    assert ("stopped by SIGTERM" in said) == (first != 0) and "Traceback" not in said
+    newest = ckpt.load_checkpoint(ckpt.list_checkpoints(tmp_path / "runs" / "tiny")[0])["iteration"]
+    assert newest == int(losses(tmp_path / "runs" / "tiny")[-1][0])
+    assert newest == 4 or first != 0
 
 
 def test_errors_of_the_main_process_are_said_once(config, tmp_path):

@@ -131,6 +131,14 @@ def test_values_that_are_not_finite_are_grey_and_named_in_every_job(broken, show
         assert "2 of 2 images of folder images have no finite bits/dim" in error
 
 
+def test_distances_of_values_that_are_not_finite_are_named(broken, tmp_path, capsys):
+    other = pictures(tmp_path / "other", 7, seed=9)
+    assert command("--saved_model", broken, "--ood", "folder", "--ood_dataroot", other) == 0
+    assert "bits/dim: folder images none finite (2), folder other none finite (7)" in capsys.readouterr().out
+    assert command("--saved_model", broken, "--fid", "latents") == 0
+    assert "2 samples hold values that are not finite: grey and were compared so" in capsys.readouterr().err
+
+
 # --- small test sets --------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,12 @@
 """Every mode that Pillow opens is read right or refused: depth, transparency, orientation, size, hostile files."""
 
+import contextlib
+import os
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from image_density_experiments.pictures import (
     to_pixels,
 )
 
+ROOT = Path(__file__).parents[2]
 GREY = (np.arange(48, dtype=np.uint8) * 5).reshape(6, 8)
 COLOUR = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 ALPHA = np.where(np.arange(48) % 3 == 0, 0, 255).astype(np.uint8).reshape(6, 8)
@@ -420,3 +426,61 @@ def test_damage_anywhere_is_one_line_or_harmless(tmp_path, kind):
 def test_a_form_that_makes_no_sense_is_refused(options, words):
     with pytest.raises(InputError, match=words):
         ImageForm(**options)
+
+
+# --- large pictures, and libraries that speak
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from image_density_experiments.pictures import ImageForm, read_picture
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(read_picture(Path(sys.argv[1]), ImageForm(size=32)).shape)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize(("kind", "megabytes"), [("jpg", 150), ("png", 600)])
+def test_photographs_of_48_million_pixels_are_read_in_bounded_memory(tmp_path, kind, megabytes):
+    path = tmp_path / f"photograph.{kind}"
+    Image.new("RGB", (8064, 6048), (200, 100, 50)).save(path, compress_level=1)
+    result = subprocess.run([sys.executable, "-c", PEAK, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    shape, peak = result.stdout.splitlines()
+    assert shape == "(32, 32, 3)" and float(peak) < megabytes
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "gif", "bmp", "ppm", "jpg"])
+def test_81_million_pixels_are_refused_in_every_format(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    Image.new("L" if kind == "jpg" else "1", (9000, 9000)).save(path)
+    with pytest.raises(InputError, match="9000x9000 pixels, more than 67,108,864"):
+        read_header(path)
+
+
+def test_a_large_jpeg_looks_as_if_it_had_been_decoded_whole(tmp_path, monkeypatch):
+    smooth = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(smooth).resize((1600, 1200), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    whole = read_picture(tmp_path / "a.jpg", ImageForm(size=32)).astype(int)
+    monkeypatch.setattr("image_density_experiments.pictures.LARGE", 0)
+    assert np.abs(read_picture(tmp_path / "a.jpg", ImageForm(size=32)) - whole).max() <= 2
+
+
+def test_what_libtiff_says_is_not_heard(tmp_path, capfd):
+    """Its C code speaks to stderr itself; ours is one line. Bytes of compressed TIFFs are changed one by one."""
+    dice, image = (
+        np.random.default_rng(0),
+        Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 40, 3), np.uint8)),
+    )
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "group4"):
+        (image.convert("1") if compression == "group4" else image).save(tmp_path / "a.tif", compression=compression)
+        content = (tmp_path / "a.tif").read_bytes()
+        for _ in range(25):
+            damaged = bytearray(content)
+            damaged[dice.integers(8, len(content))] ^= 1 << dice.integers(8)
+            (tmp_path / "b.tif").write_bytes(damaged)
+            with contextlib.suppress(InputError):
+                read_picture(tmp_path / "b.tif", WHITE)
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"

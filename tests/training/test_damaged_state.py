@@ -128,7 +128,11 @@ def images(tmp_path_factory):
 def test_no_damage_to_an_image_models_state_passes(images):
     _, folder = images
     content = image_ckpt.load_checkpoint(folder / "glow_model_6.pt")
-    check_usable(content)
+
+    def check(content):
+        check_usable(image_ckpt.told_apart(folder / "glow_model_6.pt", content))
+
+    check(content)
     cases = [*damages(content, "exp_inf")]
     indices = next((name for name in content["model"] if name.endswith("indices")), None)
     if indices:
@@ -137,7 +141,7 @@ def test_no_damage_to_an_image_models_state_passes(images):
             (("model", indices), content["model"][indices] + 1),
         ]
     for place, value in cases:
-        refused(content, place, value, check_usable)
+        refused(content, place, value, check)
     print(f"{len(cases)} damages")
     assert len(cases) > 150
 
@@ -205,7 +209,7 @@ def test_the_image_models_fall_back_too(what, images, tmp_path, capsys):
     for number in (4, 6):
         (tmp_path / f"glow_model_{number}.pt").write_bytes((folder / f"glow_model_{number}.pt").read_bytes())
     in_its_place(tmp_path / "glow_model_6.pt", what)
-    assert image_ckpt.newest_checkpoint(tmp_path, check_usable)["iteration"] == 4
+    assert image_ckpt.newest_checkpoint(tmp_path, check_usable).iteration == 4
     assert capsys.readouterr().err.count("glow_model_6.pt: ") == 1
 
 

@@ -35,8 +35,23 @@ def same(one, other):
     return one == other
 
 
-def killed(start, checkpoints, dice, longest):
-    """SIGKILL a run at a random instant: mostly some time after its first checkpoint, at times while it starts up.
+def kill(process, dice):
+    os.kill(process.pid, signal.SIGKILL)
+
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+STORMS = [[TERM], [INT], [TERM, INT], [INT, TERM], [TERM] * 4, [INT] * 3, [TERM, INT, TERM, TERM]]
+
+
+def storm(process, dice):
+    """Signals as people, batch queues and launchers send them: one wish, however many."""
+    for number in dice.choice(STORMS):
+        os.kill(process.pid, number)
+        time.sleep(dice.choice([0, 0, 0.01, 0.05]))
+
+
+def struck(start, checkpoints, dice, longest, strike):
+    """Strike a run at a random instant: mostly some time after its first checkpoint, at times while it starts up.
 
     Returns the exit status, which is another where the run was through before that.
     """
@@ -49,29 +64,33 @@ def killed(start, checkpoints, dice, longest):
         time.sleep(0.005)
     process.join(dice.uniform(0, longest))
     if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
+        strike(process, dice)
+    process.join(PATIENCE)
     return process.exitcode
 
 
-def survive(start, checkpoints, read_all, kills, longest, dice):
-    """Kill and resume `kills` times; every checkpoint must be readable after each. Returns the kills that hit.
+# Of a storm while Python starts, before the run takes signals for wishes: death by the signal.
+STATUSES = {kill: (-signal.SIGKILL,), storm: (128 + TERM, 128 + INT, -TERM, -INT)}
+
+
+def survive(start, checkpoints, read_all, kills, longest, dice, strike=kill):
+    """Strike and resume `kills` times; every checkpoint must be readable after each. Returns the strikes that hit.
 
     The run must be too long to get through before.
     """
     hits = 0
     for _ in range(kills):
-        status = killed(start, checkpoints, dice, longest)
-        assert status in (0, -signal.SIGKILL), f"a resumed run failed with {status}"
-        hits += status == -signal.SIGKILL
+        status = struck(start, checkpoints, dice, longest, strike)
+        assert status in (0, *STATUSES[strike]), f"a resumed run failed with {status}"
+        hits += status in STATUSES[strike]
         read_all()
     return hits
 
 
-def survive_killing(config, tmp_path, kills, steps, workers, longest):
+def survive_killing(config, tmp_path, kills, steps, workers, longest, strike=kill, **more):
     """The vocoder: `kills` of a run of `steps`, then on to its end; compare with an undisturbed one."""
     changes = {"train_config__num_workers": workers, "train_config__iters_per_checkpoint": 3,
-               "train_config__keep_checkpoints": 3}  # fmt: skip
+               "train_config__keep_checkpoints": 3, **more}  # fmt: skip
     whole = config(**changes)
     assert run("-c", whole, "--max_iterations", steps) == 0
     parts = config(**changes, train_config__output_directory=str(tmp_path / "parts"))
@@ -87,7 +106,7 @@ def survive_killing(config, tmp_path, kills, steps, workers, longest):
         assert max(found, default=0) >= progress[-1], "a checkpoint was lost"
         progress.append(max(found, default=0))
 
-    hits = survive(start, lambda: ckpt.list_checkpoints(folder), read_all, kills, longest, random.Random(0))
+    hits = survive(start, lambda: ckpt.list_checkpoints(folder), read_all, kills, longest, random.Random(0), strike)
     assert run("-c", parts, "--resume", "latest", "--max_iterations", steps) == 0
     text = log.read_text()
     assert "iterations " in text and "refused" not in text and "error: " not in text, text[-2000:]
@@ -108,6 +127,24 @@ def survive_killing(config, tmp_path, kills, steps, workers, longest):
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(config, tmp_path):
     hits, progress = survive_killing(config, tmp_path, kills=6, steps=40, workers=1, longest=0.5)
     assert hits >= 3 and progress[-1] > 0
+
+
+HALF = {"train_config__ema_decay": 0.9, "train_config__fp16_run": True, "train_config__amp_dtype": "bfloat16"}
+
+
+def test_signals_cost_a_run_with_averaged_weights_in_half_precision_nothing(config, tmp_path):
+    """Evaluations use the average: a signal in one must leave both sets of weights as they were."""
+    hits, _ = survive_killing(config, tmp_path, kills=5, steps=40, workers=1, longest=0.4, strike=storm, **HALF)
+    assert hits >= 2
+
+
+@pytest.mark.soak
+def test_a_hundred_storms_of_signals_end_with_the_same_bits(config, tmp_path):
+    hits, progress = survive_killing(
+        config, tmp_path, kills=100, steps=900, workers=1, longest=0.5, strike=storm, **HALF
+    )
+    print(f"{hits} storms, iterations of the newest checkpoint after each: {progress}")
+    assert hits == 100, "the run was through before its storms were: give it more steps"
 
 
 @pytest.mark.soak
