@@ -24,6 +24,7 @@ LARGEST = 1e30  # beyond, a number counts as not finite
 KEPT = 10_000  # first steps whose losses stay as they are, to be held against an expected curve
 NEWEST = 100  # steps whose mean loss stands for the present
 MAX_POINTS = 2_000  # of likelihoods by iteration
+MAX_LISTS, MAX_FIGURES = 20, 30  # test lists, columns and systems of an evaluation; more is none of ours
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def read_likelihood_curves(path: Path) -> dict[str, np.ndarray]:
     for row in _rows(path, ("iteration", "list", "log_likelihood")):
         if (values := _numbers(row, ("iteration", "log_likelihood"))) is not None:
             points.setdefault(row["list"], []).append(tuple(values))
-    return {name: np.array(of)[:: -(-len(of) // MAX_POINTS)] for name, of in points.items()}
+    return {name: np.array(of)[:: -(-len(of) // MAX_POINTS)] for name, of in list(points.items())[:MAX_LISTS]}
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def read_evaluation(path: Path) -> Evaluation:
     """Means of a file of `--evaluate`, with or without metrics. Raises OSError, and RefusedFile where it is another."""
     rows = list(_rows(path, ("clip",)))
     others = ("system", "clip", "samples")
-    names = [name for name in (rows[0] if rows else {}) if name and name not in others]
+    names = [name for name in (rows[0] if rows else {}) if name and name not in others][:MAX_FIGURES]
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         if (values := _numbers(row, names)) is not None:
@@ -211,7 +212,10 @@ def read_evaluation(path: Path) -> Evaluation:
                 figures[name].append(value)
     if not found or not names:
         raise RefusedFile("no clip in it has figures")
-    systems = {system: {name: interval(values) for name, values in of.items()} for system, of in found.items()}
+    systems = {
+        system: {name: interval(values) for name, values in of.items()}
+        for system, of in list(found.items())[:MAX_FIGURES]
+    }
     return Evaluation(path.name, max(len(of[names[0]]) for of in found.values()), systems)
 
 

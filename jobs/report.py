@@ -21,7 +21,7 @@ from config import Config
 from evaluation.charts import Drawing, Line, draw, steps
 from evaluation.run_tables import Evaluation
 from harness import terminal
-from harness.errors import one_line
+from harness.errors import one_line, show
 from harness.files import written_whole
 from harness.folder import VERSION
 from jobs.report_runs import Run, flat, read_runs
@@ -33,7 +33,8 @@ from training.expected import NEGATIVE_IS_RIGHT, WINDOW
 NAME = "report.html"
 TEMPLATE = "report.html.j2"
 SMOOTHING = 20  # windows of the smoothed loss in the length of a run
-MANY_RUNS = 3  # with more, one clip is heard of each
+MAX_KEYS = 300  # of a config or a record; what has more is none of ours
+MANY_RUNS = 3  # with more, one clip is heard of each, and single steps are not drawn
 HISTOGRAM_BINS = 60
 CHARTS = (  # column of losses.csv, title, unit, logarithmic
     ("loss", "Loss", "nats/sample", False),
@@ -139,7 +140,8 @@ def _curves(runs: Sequence[Run]) -> list[Drawing]:
                 smooth = (
                     series.mean if name == "learning_rate" else series.smooth(max(1, _window(runs) // run.curves.width))
                 )
-                lines.append(Line(run.label, series.x, smooth, colour, (series.low, series.high)))
+                band = (series.low, series.high) if len(runs) <= MANY_RUNS else None
+                lines.append(Line(run.label, series.x, smooth, colour, band))
         if name == "loss":
             lines = [*_expected_lines(runs), *lines]
         drawings.append(draw(title, unit, lines, log=log))
@@ -187,7 +189,8 @@ def _smoothing(runs: Sequence[Run]) -> str:
     """A line on what is drawn of each step."""
     widest = max([1, *(run.curves.width for run in runs if run.curves is not None)])
     band = "each step" if widest == 1 else f"the least and the greatest of every {widest:,} steps or fewer"
-    return f"lines are means over {_window(runs):,} steps, pale behind them {band}"
+    lines = f"lines are means over {_window(runs):,} steps"
+    return f"{lines}, pale behind them {band}" if len(runs) <= MANY_RUNS else lines
 
 
 # --- what the models make ---------------------------------------------------------------------------------
@@ -373,12 +376,15 @@ def _every_key(runs: Sequence[Run]) -> Table:
 
 def _side_by_side(columns: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     columns = list(columns)
-    keys = dict.fromkeys(key for values in columns for key in values)
+    keys = list(dict.fromkeys(key for values in columns for key in values))[:MAX_KEYS]
     return [[one_line(key, 120), *(_shown(values[key]) if key in values else "" for values in columns)] for key in keys]
 
 
 def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) and value else json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = value if isinstance(value, str) and value else json.dumps(value, default=str, ensure_ascii=False)
+    except RecursionError:
+        text = show(value)
     return one_line(text, 300)
 
 

@@ -301,7 +301,7 @@ def test_many_runs_stay_small(made, tmp_path):
         (folder / "losses.csv").write_text(",".join(loop.COLUMNS) + "\n" + "".join(rows))
         folders.append(folder)
     page = report(*folders, folders[0], output=tmp_path / "page.html")
-    assert "12 runs" in page.text and (tmp_path / "page.html").stat().st_size < 2_500_000
+    assert "12 runs" in page.text and (tmp_path / "page.html").stat().st_size < 1_500_000
     assert {"curve c0", "curve c9", "curve c0 again", "curve c1 again"} <= {of.get("class") for of in page.all("path")}
     assert "lines are means over" in page.text
 
