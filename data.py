@@ -40,6 +40,7 @@ from harness.lists import read_entries
 from harness.processes import is_main
 from harness.stopping import exit_status
 
+LONG_LIST = 500_000  # bytes of a list that holds some thousands of clips
 MANY_CLIPS = 10_000  # whose headers take seconds, or minutes where files are far away
 _CROP = 1  # a purpose of random numbers; 0 is the order of batches
 
@@ -331,6 +332,13 @@ def _whole_frames(length: int, path: str, config: DataConfig) -> int:
 
 
 # --- batches --------------------------------------------------------------------------------------------------
+
+
+def tell_of_a_long_list(data_config: DataConfig) -> None:
+    """A line before the list of training clips is read, where what follows takes seconds."""
+    path = data_config.training_files
+    if is_main() and os.path.isfile(path) and os.path.getsize(path) >= LONG_LIST:
+        terminal.tell(f"reading {path}, {os.path.getsize(path) / 1e6:.1f} MB")
 
 
 def make_train_loader(

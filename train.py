@@ -35,6 +35,7 @@ from data import (
     read_test_files,
     read_test_lists,
     read_texts,
+    tell_of_a_long_list,
 )
 from evaluation.likelihood import clip_likelihoods, summarise_lists, write_likelihoods
 from fast.engine import slow_precision_warning
@@ -74,6 +75,7 @@ class Training:
 def train(config: Config, device: torch.device, start: Start, how: Training) -> int:
     """Train until `epochs`, --max_iterations, --max_hours or a signal; returns the exit status."""
     stop = StopRequest(how.max_hours)
+    tell_of_a_long_list(config.data_config)
     with held_by_main(locked_run(config.run_folder)):
         checkpoint = on_main(lambda: _begin_from(config, start, how.warm_start))
         trainer = Trainer(config, device, config.run_folder, checkpoint, warm=how.warm_start)

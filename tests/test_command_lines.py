@@ -92,13 +92,16 @@ def test_many_clips_are_announced_before_they_are_looked_at(tmp_path, capsys, mo
     corpus.mkdir()
     path = write_config(tmp_path / "config.json", write_corpus(corpus), tmp_path / "runs")
     monkeypatch.setattr(data, "MANY_CLIPS", 6)
+    monkeypatch.setattr(data, "LONG_LIST", 6)
 
     def lengths(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "wav_length", lengths)
     assert run("-c", path, "--max_iterations", 4) == 130
-    assert capsys.readouterr().out == f"looking at 6 training clips of {corpus / 'train.txt'}\n"
+    assert capsys.readouterr().out == (
+        f"reading {corpus / 'train.txt'}, 0.0 MB\nlooking at 6 training clips of {corpus / 'train.txt'}\n"
+    )
 
 
 def test_help_is_for_pipes_and_files_too():
