@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -20,9 +21,16 @@ sys.exit(train.main(sys.argv[2:]))
 METHODS = [method for method in ("fork", "forkserver", "spawn") if method in multiprocessing.get_all_start_methods()]
 
 
+@contextmanager
 def start(method, *arguments):
+    """A run as a process of its own, which does not outlive its test."""
     command = [sys.executable, "-c", PROGRAM, method, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +40,8 @@ def expected():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_ends_by_itself_with_the_same_losses(method, config, tmp_path, expected):
-    process = start(method, "-c", config(train_config__num_workers=1), "--max_iterations", 6)
-    output, _ = process.communicate(timeout=120)
+    with start(method, "-c", config(train_config__num_workers=1), "--max_iterations", 6) as process:
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     rows = losses(tmp_path / "runs" / "tiny")
     assert len(rows) == 6 and rows == expected.setdefault("losses", rows)
@@ -42,13 +50,14 @@ def test_a_run_ends_by_itself_with_the_same_losses(method, config, tmp_path, exp
 @pytest.mark.skipif(os.name != "posix", reason="no signals to send")
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "fork"])
 def test_a_signal_saves_and_ends_it(method, config, tmp_path):
-    process = start(method, "-c", config(train_config__num_workers=1, train_config__iters_per_checkpoint=100_000))
-    log, deadline = tmp_path / "runs" / "tiny" / "losses.csv", time.monotonic() + 100
-    while not (log.exists() and len(log.read_text().splitlines()) > 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    log, deadline = tmp_path / "runs" / "tiny" / "losses.csv", time.monotonic() + 600
+    endless = config(train_config__num_workers=1, train_config__iters_per_checkpoint=100_000)
+    with start(method, "-c", endless) as process:
+        while not (log.exists() and len(log.read_text().splitlines()) > 3):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "--resume latest" in output
     assert list((tmp_path / "runs" / "tiny").glob("waveflow_*"))
