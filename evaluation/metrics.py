@@ -42,6 +42,11 @@ class Mean(NamedTuple):
     value: float
     half: float
 
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "none"
+        return f"{self.value:.3f}" if math.isnan(self.half) else f"{self.value:.3f} ± {self.half:.3f}"
+
 
 UNITS = {
     "log_mel": "nats, 0 at best",
@@ -180,7 +185,7 @@ def table(found: Mapping[str, Mapping[str, Mean]]) -> str:
     width = max(map(len, [*found, "system"]))
     lines = [f"{'system':{width}}  " + "  ".join(f"{name:>15}" for name in names)]
     for system, row in found.items():
-        cells = (f"{row[name].value:.3f} ± {row[name].half:.3f}" for name in names)
+        cells = (str(row[name]) for name in names)
         lines.append(f"{system:{width}}  " + "  ".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
 

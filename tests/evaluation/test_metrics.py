@@ -49,6 +49,8 @@ def test_mel_cepstral_distortion_is_that_of_its_formula():
 
 def test_means_have_intervals_over_the_clips_that_have_a_figure():
     assert interval([1.0, 2.0, 3.0, math.nan]) == (2.0, pytest.approx(4.3026527 / math.sqrt(3)))
+    assert str(interval([1.0, 2.0])) == "1.500 ± 6.353" and str(interval([1.0])) == "1.000"  # of one: no interval
+    assert str(interval([math.nan])) == "none"
     assert interval([1.0])[0] == 1 and math.isnan(interval([1.0])[1]) and math.isnan(interval([math.nan])[0])
     clips = [ClipMetrics("a", str(n), {"stoi": 0.5}) for n in range(3)] + [ClipMetrics("b", "0", {"stoi": 0.25})]
     assert table(means(clips)).splitlines()[1] == f"{'a':6}    0.500 ± 0.000"
