@@ -122,7 +122,7 @@ def test_what_cannot_be_read_is_named_before_anything_is_written(folder, sounds,
     ("arguments", "complaint"),
     [
         (["--synthesize"], "-c/--config, or --weights"),
-        (["--weights", "nanoflow"], "training starts from --set train_config.checkpoint_path=FILE"),
+        (["--weights", "nanoflow"], "with -c and --warm_start what to train from"),
         (["--weights", "nanoflow", "--synthesize", "-a", "2"], "leave out"),
         (["-c", "x.json", "--evaluate", "--input", "a.wav"], "give --synthesize with it"),
     ],
