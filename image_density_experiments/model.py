@@ -134,9 +134,10 @@ class ImageModelConfig(Settings):
         """Numbers that an image takes at least: in a training step of that memory mode, or None: in a pass forward."""
         of_a_layer = [self.hidden_channels * math.prod(self.level_shape(level)[1:]) for level in range(self.L)]
         n_layers = len(self.design.depth.layers)
-        if memory == "plain":
-            return 2 * n_layers * self.K * sum(of_a_layer)  # what a layer gives, before and behind its normalisation
-        return 2 * max(of_a_layer) * (1 if memory is None else n_layers)
+        if memory == "plain":  # what a layer gives, before and behind its normalisation; and what a step is given
+            return 2 * self.K * (n_layers * sum(of_a_layer) + self.n_dims)
+        steps = self.K * self.n_dims if memory == "checkpoint" else 2 * self.n_dims
+        return 2 * max(of_a_layer) * (1 if memory is None else n_layers) + steps
 
     def describe(self) -> str:
         """Sizes that decide on memory, in words."""

@@ -202,7 +202,8 @@ def borne_or_refused(status, err):
 
 
 @pytest.mark.parametrize(("section", "name", "value"), some_and_all(VOCODER, 6))
-def test_training_a_vocoder_at_the_ends_of_the_ranges(section, name, value, config, capfd):
+def test_training_a_vocoder_at_the_ends_of_the_ranges(section, name, value, config, monkeypatch, capfd):
+    monkeypatch.setattr(memory, "available_bytes", lambda device=None: 2e9)
     path = config(**{f"{section}__{name}": value}, train_config__with_tensorboard=False)
     before = peak_megabytes()
     capfd.readouterr()
@@ -212,12 +213,13 @@ def test_training_a_vocoder_at_the_ends_of_the_ranges(section, name, value, conf
 
 IMAGES = [(name, value) for name, value in edges(TrainOptions, ["n_workers"])]
 IMAGES += [(name, value) for name, value in edges(ImageModelConfig, ["image_shape", "y_classes"])]
-IMAGES += [("image_size", 2), ("image_size", 4096), ("n_samples", 1)]
+IMAGES += [("image_size", 2), ("n_samples", 1)]
 random.Random(3).shuffle(IMAGES)
 
 
 @pytest.mark.parametrize(("name", "value"), some_and_all(IMAGES, 6))
-def test_training_an_image_model_at_the_ends_of_the_ranges(name, value, tmp_path, capfd):
+def test_training_an_image_model_at_the_ends_of_the_ranges(name, value, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(memory, "available_bytes", lambda device=None: 2e9)
     if name in ("weight_decay", "sample_every"):
         flags = [f"--{name}={value}"] if name == "sample_every" else []
     else:
