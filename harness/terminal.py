@@ -153,6 +153,11 @@ class _WithoutBlanks(_Unfailing):
     def write(self, text: str) -> int:
         return super().write(text) if text.strip() else len(text)
 
+    def __eq__(self, other: object) -> bool:
+        return self is other  # to tqdm it is where nothing else is written: it would say the bar again after each line
+
+    __hash__ = None
+
 
 # --- around a command -------------------------------------------------------------------------------------
 

@@ -292,11 +292,12 @@ def test_warnings_and_errors_have_a_coloured_word_on_terminals_that_want_it(monk
 def test_a_bar_in_a_log_is_lines_and_nothing_where_the_work_is_short(monkeypatch):
     log = Terminal(of_a_log=True)
     monkeypatch.setattr(sys, "stderr", log)
-    assert list(terminal.bar(range(3), "clips")) == [0, 1, 2]
-    assert log.getvalue() == ""
+    for _ in terminal.bar(range(3), "clips"):
+        terminal.note("noted")
+    assert log.getvalue() == 3 * "noted\n"
     monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
     list(terminal.bar(range(3), "clips"))
-    assert "\r" not in log.getvalue() and log.getvalue().count("clips:") == log.getvalue().count("\n") >= 3
+    assert "\r" not in log.getvalue() and log.getvalue().count("clips:") == log.getvalue().count("\n") - 3 >= 3
     monkeypatch.setattr(sys, "stderr", Terminal())
     list(terminal.bar(range(3), "clips"))
     assert sys.stderr.getvalue().startswith("\rclips:   0%")
