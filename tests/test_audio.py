@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import wave
 import zipfile
@@ -461,3 +462,13 @@ def test_a_mutated_mel_is_read_or_refused_in_one_line(tmp_path, name, data):
         assert mel.shape[0] == 80 and torch.isfinite(mel).all()
     except InputError as error:
         assert name in str(error) and "\n" not in str(error)
+
+
+def test_bands_without_a_frequency_are_named_in_words_of_the_config(recwarn):
+    MelSpectrogram({"filter_length": 256, "win_length": 256})
+    [warning] = recwarn.list
+    message = str(warning.message)
+    assert re.match(r"\d+ of 80 mel bands hold no frequency .*; raise data_config\.filter_length, or lower", message)
+    recwarn.clear()
+    MelSpectrogram({})
+    assert not recwarn.list

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from harness.batches import ShuffledBatches
+from harness.batches import BatchLoader, ShuffledBatches
 from harness.errors import InputError
 
 
@@ -44,3 +44,8 @@ def test_too_few_items_and_uneven_shares_are_refused():
         ShuffledBatches(7, 8, seed=0)
     with pytest.raises(InputError, match="batch_size 8 cannot be shared evenly by 3"):
         ShuffledBatches(20, 8, seed=0, world_size=3)
+
+
+def test_more_workers_than_cores_are_no_reason_to_speak(recwarn):
+    BatchLoader(list(range(4)), 2000, "words", batch_size=2)
+    assert not recwarn.list
