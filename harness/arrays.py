@@ -7,6 +7,7 @@ sizes that its directory declares are added up before anything is unpacked, and 
 import errno
 import io
 import math
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ MAX_FILE_BYTES = 2**40  # of what is mapped
 MAX_UNPACKED_BYTES = 2**31  # of all arrays of an archive together
 MAX_DIRECTORY_BYTES = 2**22  # some 60,000 entries
 MAX_HEADER_BYTES = 2**10  # of numbers, numpy writes 128; longer ones take their parser seconds
+_END = struct.Struct("<4s4H2LH")  # of a zip file without a comment: entries here and in all, directory's size and start
 NUMBERS = "buifc"  # kinds of numpy's types
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -103,7 +105,11 @@ def _directory(file: BinaryIO) -> zipfile.ZipFile:
     limited = _Limited(file, MAX_DIRECTORY_BYTES)
     with _damage_refused():
         archive = zipfile.ZipFile(limited)
+        size = file.seek(-_END.size, io.SEEK_END)
+        *_, here, n_entries, length, start, _comment = _END.unpack(file.read(_END.size))
     limited.left = math.inf
+    if not here == n_entries == len(archive.infolist()) or start + length != size:
+        raise RefusedFile("damaged (its directory is of another size than its end says)")
     return archive
 
 

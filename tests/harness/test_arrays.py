@@ -213,6 +213,20 @@ def test_flipped_bits_of_archives_are_noticed_or_mean_nothing(n, save, tmp_path)
     assert 0 < n_read < n / 3  # dates, attributes, names
 
 
+def test_no_bit_of_an_archives_end_can_hide_an_array(tmp_path):
+    np.savez(tmp_path / "a.npz", images=PLAIN, labels=np.arange(6))
+    content = (tmp_path / "a.npz").read_bytes()
+    for bit in range(8 * 22):
+        damaged = bytearray(content)
+        damaged[len(content) - 22 + bit // 8] ^= 1 << bit % 8
+        (tmp_path / "b.npz").write_bytes(damaged)
+        try:
+            found = read_archive(tmp_path / "b.npz")
+        except RefusedFile:
+            continue
+        assert sorted(found) == ["images", "labels"], bit
+
+
 # --- labels
 
 
