@@ -9,6 +9,7 @@ from torch import Tensor
 from audio import MEL_SUFFIXES, is_mel_file, resample, rescale, shortest_audio
 from config import DataConfig
 from harness.errors import InputError
+from harness.files import kind_of
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
 MAX_SAMPLES = 2**28  # over all channels: an hour and a half of stereo at 24 kHz, 1 GiB
@@ -25,6 +26,8 @@ def find_inputs(paths: Sequence[str]) -> list[str]:
             found += map(str, inside)
         elif path.is_file():
             found.append(str(path))
+        elif path.exists():
+            raise InputError(f"{path}: {kind_of(path.stat().st_mode)}, expected a file or a folder")
         else:
             raise InputError(f"{path}: no such file or folder")
     return found

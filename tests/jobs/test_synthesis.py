@@ -1,6 +1,7 @@
 """train.py --synthesize of a user's own files: any format and rate, mels, folders; to folders, flac and stdout."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -111,6 +112,8 @@ def test_what_cannot_be_read_is_named_before_anything_is_written(folder, sounds,
     (tmp_path / "empty").mkdir()
     assert "no sound or mel in this folder" in fails(capsys, *job, tmp_path / "empty")
     assert "no such file or folder" in fails(capsys, *job, sounds / "nothing.wav")
+    os.mkfifo(tmp_path / "pipe.npy")
+    assert "pipe.npy: a named pipe, expected a file" in fails(capsys, *job, tmp_path / "pipe.npy")
     assert "not a sound file" in fails(capsys, *job, sounds / "mel.npy", sounds / "notes.txt")
     soundfile.write(tmp_path / "short.wav", np.zeros(99), 48_000)
     assert "at least 0.02" in fails(capsys, *job, tmp_path / "short.wav")
