@@ -29,8 +29,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and one line, and end the program with status 2."""
-        super().error(one_line(message, MAX_COMPLAINT))
+        """Print one line, and end the program with status 2."""
+        self.exit(2, f"{self.prog}: error: {one_line(message, MAX_COMPLAINT)} (-h lists all flags)\n")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -77,11 +77,11 @@ def test_there_are_flags():
 
 @pytest.mark.parametrize(("parse", "words", "action"), FLAGS)
 def test_every_number_flag_has_a_range_at_both_ends(parse, words, action, capsys):
-    """And says so in one printable line of bounded length, behind the usage."""
+    """And says so in one printable line of bounded length."""
     for text in TEXTS:
         with pytest.raises(SystemExit) as raised:
             parse([*words, f"{action.option_strings[0]}={text}"])
-        *_, line = capsys.readouterr().err.splitlines()
+        [line] = capsys.readouterr().err.splitlines()
         assert raised.value.code == 2 and ": error: " in line and len(line) < 700 and line.isprintable(), text
 
 
