@@ -72,22 +72,28 @@ def tf32_products() -> bool:
 
 
 def allow_tf32(products: bool | None = None, convolutions: bool | None = None) -> None:
-    """Let float32 matrix products and convolutions on CUDA take TF32, or not; None: as it is."""
+    """Let float32 matrix products and convolutions on CUDA take TF32, or not; None: as it is.
+
+    The older interface is set first and to the same: parts of PyTorch read it, and fail where the two disagree.
+    """
     if products is not None:
+        torch.backends.cuda.matmul.allow_tf32 = products
         torch.backends.cuda.matmul.fp32_precision = "tf32" if products else "ieee"
     if convolutions is not None:
-        torch.backends.cudnn.conv.fp32_precision = "tf32" if convolutions else "ieee"
+        torch.backends.cudnn.allow_tf32 = convolutions
+        for kind in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):  # which are to agree as well
+            kind.fp32_precision = "tf32" if convolutions else "ieee"
 
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
     """Context of likelihoods and synthesis: float32 convolutions as exact as on a CPU, whatever training may take."""
-    before = torch.backends.cudnn.conv.fp32_precision
+    before = torch.backends.cudnn.conv.fp32_precision == "tf32"
     allow_tf32(convolutions=False)
     try:
         yield
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+        allow_tf32(convolutions=before)
 
 
 def prepare_training(device: torch.device) -> None:

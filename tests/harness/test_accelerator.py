@@ -11,7 +11,7 @@ from evaluation import likelihood
 from fast.cpu import CpuEngine
 from harness import devices, processes
 from harness.batches import BatchLoader
-from harness.devices import allow_tf32, prepare_training, steps_of_one_shape, tf32_products
+from harness.devices import allow_tf32, exact_convolutions, prepare_training, steps_of_one_shape, tf32_products
 from image_density_experiments import trainer as image_trainer
 from image_density_experiments.model import ImageFlow
 from model import FlowVocoder
@@ -32,6 +32,25 @@ def test_training_uses_its_device(monkeypatch):
     for device in (torch.device("cpu"), torch.device("cuda", 1)):
         prepare_training(device)
     assert used == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("newer", ["none", "ieee", "tf32"])
+def test_older_and_newer_settings_of_tf32_agree_afterwards(newer):
+    """torch.export reads the older ones, which raises where they do not."""
+    backends, before = torch.backends, torch.backends.fp32_precision
+    try:
+        backends.fp32_precision = newer
+        with exact_convolutions():
+            assert not backends.cudnn.allow_tf32 and backends.cudnn.conv.fp32_precision == "ieee"
+        for allowed in (True, False, True):
+            allow_tf32(products=allowed, convolutions=allowed)
+            assert backends.cudnn.allow_tf32 is backends.cuda.matmul.allow_tf32 is allowed
+            with backends.cudnn.flags(enabled=True):  # as torch.export reads, sets and restores them
+                pass
+            assert (backends.cudnn.conv.fp32_precision == "tf32") is allowed
+    finally:
+        backends.fp32_precision = before
+        allow_tf32(products=False, convolutions=True)  # PyTorch's own
 
 
 def test_convolutions_are_tried_out_in_training_steps_on_cuda_unless_bits_must_stay(monkeypatch):
@@ -99,7 +118,7 @@ def test_tf32_is_set_and_read_through_the_newer_interface():
 
 @pytest.mark.parametrize("job", ["--evaluate", "--synthesize", "training"])
 def test_likelihoods_and_sounds_are_exact_though_tf32_is_allowed_everywhere(trained, monkeypatch, job):
-    before, seen = (torch.backends.fp32_precision, torch.backends.cudnn.conv.fp32_precision), set()
+    before, seen = torch.backends.fp32_precision, set()
 
     def seeing(method):
         def wrapped(*arguments):
@@ -112,9 +131,10 @@ def test_likelihoods_and_sounds_are_exact_though_tf32_is_allowed_everywhere(trai
     monkeypatch.setattr(likelihood, "likelihood_in_tiles", seeing(likelihood.likelihood_in_tiles))
     flags = ["--resume", "latest", "--max_iterations", 12] if job == "training" else [job]
     try:
-        torch.backends.fp32_precision, torch.backends.cudnn.conv.fp32_precision = "tf32", "none"
-        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "tf32"
+        allow_tf32(convolutions=True)
         assert run("-c", trained[0], *flags) == 0
         assert seen == {"ieee"} and torch.backends.cudnn.conv.fp32_precision == "tf32"
     finally:
-        torch.backends.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
+        torch.backends.fp32_precision = before
+        allow_tf32(products=False, convolutions=True)  # PyTorch's own
