@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
@@ -23,6 +24,8 @@ LINE_SECONDS = 30.0  # from one line about progress to the next where there is n
 _YELLOW, _RED = "\x1b[33m", "\x1b[31m"
 _QUIET = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning, RuntimeWarning)
 
+# tqdm's own lock is shared with every process forked off this one: killed while it holds it, one would silence all.
+tqdm.set_lock(threading.RLock())
 
 _hushed = False  # whether only warnings, errors and results are wanted
 

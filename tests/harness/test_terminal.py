@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -323,3 +325,23 @@ def test_a_quiet_command_says_warnings_errors_and_results(monkeypatch, capsys):
 )
 def test_durations_are_as_people_say_them(seconds, text):
     assert terminal.duration(seconds) == text
+
+
+def hold_and_wait(held):
+    with terminal.tqdm.get_lock():
+        held.set()
+        time.sleep(60)
+
+
+def test_a_process_that_is_killed_while_it_speaks_silences_no_other(capsys):
+    terminal.say("a lock is made now, before the processes part")
+    held = FORK.Event()
+    process = FORK.Process(target=hold_and_wait, args=(held,))
+    process.start()
+    assert held.wait(30)
+    process.kill()
+    process.join()
+    speaking = threading.Thread(target=lambda: terminal.say("still here"), daemon=True)
+    speaking.start()
+    speaking.join(10)
+    assert not speaking.is_alive() and "still here" in capsys.readouterr().out
