@@ -104,7 +104,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if Path(path).suffix == SUFFIX:
         content = _content_of(*checkpoints.read_safetensors(path), path)
     else:
-        content = read_torch_file(path, "expected a file in it, or -a N to average N of them")
+        content = read_torch_file(path, "expected a file in it, or an average of some of them")
     if _is_bare(content):
         content = {"model": content}
     weights = _checked_weights(content, path)
@@ -250,7 +250,7 @@ def newest_checkpoints(directory: str | Path, n: int) -> list[Path]:
         raise InputError(f"checkpoint_path {directory}: expected the folder that holds the checkpoints to average")
     found = [path for path in list_checkpoints(directory) if path.is_file()]
     if len(found) < n:
-        raise InputError(f"{directory} holds {len(found)} checkpoint(s); -a {n} needs {n}")
+        raise InputError(f"{directory} holds {len(found)} checkpoint(s), {n} are to be averaged; average fewer")
     return found[:n]
 
 

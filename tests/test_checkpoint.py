@@ -166,7 +166,7 @@ def test_newest_checkpoints_are_counted_by_iteration(tmp_path):
     (tmp_path / "waveflow_100_average2").touch()
     (tmp_path / ".waveflow_200.123.tmp").touch()
     assert [path.name for path in ckpt.newest_checkpoints(tmp_path, 2)] == ["waveflow_100", "waveflow_10"]
-    with pytest.raises(InputError, match=r"holds 3 checkpoint\(s\); -a 4 needs 4"):
+    with pytest.raises(InputError, match=r"holds 3 checkpoint\(s\), 4 are to be averaged; average fewer"):
         ckpt.newest_checkpoints(tmp_path, 4)
     with pytest.raises(InputError, match="expected the folder"):
         ckpt.newest_checkpoints(tmp_path / "waveflow_9", 1)

@@ -132,7 +132,7 @@ REFUSED = {  # by words of the message
     "training state is damaged": lambda place: place.damaged(training_state=3),
     "random state is damaged": lambda place: place.damaged(training_state={"random_state": torch.zeros(3)}),
     "moving average 'ema' is damaged": lambda place: place.damaged(ema={}),
-    "-a 7 needs 7": lambda place: ["-a", 7, "--evaluate"],
+    "7 are to be averaged; average fewer": lambda place: ["-a", 7, "--evaluate"],
     "expected the folder that holds": lambda place: [*place.damaged(), "-a", 2],
     "--warm_start takes weights": lambda place: ["--warm_start", "--set", "train_config.output_directory=none"],
     "no checkpoint in": lambda place: ["--evaluate", "--set", "waveflow_config.model_name=none"],

@@ -200,7 +200,9 @@ def test_bad_input_is_one_line(config, capsys, changes, words):
 
 def test_too_few_checkpoints_to_average(trained, capsys):
     path, _ = trained
-    assert "holds 2 checkpoint(s); -a 20 needs 20" in fails(capsys, "-c", path, "-a", 20, "--evaluate")
+    assert "holds 2 checkpoint(s), 20 are to be averaged; average fewer" in fails(
+        capsys, "-c", path, "-a", 20, "--evaluate"
+    )
 
 
 def test_nothing_trained_yet(config, capsys):

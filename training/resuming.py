@@ -30,7 +30,7 @@ def checked_state(start: Checkpoint) -> Resumed:
     """State in a checkpoint besides weights and optimizer; InputError where it is damaged or not there."""
     if start.optimizer is None or start.scheduler is None:
         raise InputError(
-            "the checkpoint holds weights only, no optimizer state to resume from; start from it with --warm_start"
+            f"the checkpoint holds weights only, no optimizer state to resume from; {REMEDIES.weights_only}"
         )
     return checked(lambda: _checked_state(start), "training state is damaged", REMEDIES.weights_only)
 
