@@ -8,24 +8,12 @@ import sys
 import pytest
 import torch
 
-import benchmark.__main__ as benchmark
 import data
-import experiments.__main__ as experiments
-import image_density_experiments.options as image_options
-import jobs.files
-import train
 from harness.folder import VERSION
 from tests.support.experiments import ROOT, run, write_config, write_corpus
+from tests.support.parsers import PARSERS
 
-PARSE = {
-    "train.py": train.parse_arguments,
-    "data.py": lambda words: data._parser().parse_args(words),
-    "checkpoint.py": lambda words: jobs.files.parser().parse_args(words),
-    "benchmark": benchmark.parse_arguments,
-    "experiments": experiments.parse_arguments,
-    "image_density_experiments/train.py": image_options.parse_arguments,
-}
-by_program = pytest.mark.parametrize("program", PARSE)
+by_program = pytest.mark.parametrize("program", PARSERS)
 
 
 def parsers_of(program, monkeypatch):
@@ -39,7 +27,7 @@ def parsers_of(program, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", remember)
     with pytest.raises(SystemExit):
-        PARSE[program]([])
+        PARSERS[program]([])
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     commands = [action for action in found[0]._actions if isinstance(action, argparse._SubParsersAction)]
     return found + [parser for action in commands for parser in action.choices.values()]
@@ -48,7 +36,7 @@ def parsers_of(program, monkeypatch):
 @by_program
 def test_every_command_tells_its_version(program, capsys):
     with pytest.raises(SystemExit) as ended:
-        PARSE[program](["--version"])
+        PARSERS[program](["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.strip().endswith(f" {VERSION}, torch {torch.__version__}")
 
@@ -73,7 +61,7 @@ def test_flags_stand_in_groups_and_every_default_in_the_help(program, monkeypatc
 
 
 def test_quiet_is_understood_before_and_behind_the_name_of_a_command():
-    parse = PARSE["checkpoint.py"]
+    parse = PARSERS["checkpoint.py"]
     assert [parse(words.split()).quiet for words in ("info x", "info x --quiet", "--quiet info x")] == [0, 1, 1]
 
 

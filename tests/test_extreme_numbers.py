@@ -10,29 +10,18 @@ import pytest
 import torch
 
 import benchmark.__main__ as benchmark
-import data
-import experiments.__main__ as experiments
-import jobs.files
 import train
 from config import DataConfig, DistConfig, TrainConfig, WaveFlowConfig, load_config
 from harness import memory
 from harness.errors import InputError
-from image_density_experiments import options as image_options
 from image_density_experiments.model import ImageModelConfig
 from image_density_experiments.options import DataOptions, TrainOptions
 from tests.support.experiments import ROOT, run
 from tests.support.image_command import MODEL, command, pictures
+from tests.support.parsers import PARSERS
 from tests.support.vocoders import small_config
 from training import memory as vocoder_memory
 
-PARSERS = {
-    "train.py": train.parse_arguments,
-    "data.py": lambda words: data._parser().parse_args(words),
-    "checkpoint.py": lambda words: jobs.files.parser().parse_args(words),
-    "python -m benchmark": benchmark.parse_arguments,
-    "python -m experiments": experiments.parse_arguments,
-    "image_density_experiments/train.py": image_options.parse_arguments,
-}
 CPU = torch.device("cpu")
 TEXTS = [
     "1e300", "-1e300",
