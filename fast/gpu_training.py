@@ -63,6 +63,8 @@ def can_fuse(n_res: int, n_params: int) -> bool:
 
 
 @cache
+@torch.inference_mode(False)  # whoever asks first
+@torch.enable_grad()
 def fits(device: torch.device, dtype: torch.dtype, n_res: int, n_params: int, n_conditioning: int) -> bool:
     """Tell whether a device has the registers and the shared memory for the kernels, by one layer of a few columns.
 
@@ -83,9 +85,8 @@ def fits(device: torch.device, dtype: torch.dtype, n_res: int, n_params: int, n_
     )
     values = zeros(1, 1, 1, n_res), zeros(1, 1, 1, n_params, of=torch.float32), zeros(1, 1, 1, n_conditioning)
     try:
-        with torch.enable_grad():
-            after, total = FusedLayer.apply((1, 1), *values, *layer)
-            (after.sum() + total.sum()).backward()
+        after, total = FusedLayer.apply((1, 1), *values, *layer)
+        (after.sum() + total.sum()).backward()
     except OutOfResources:
         return False
     return True

@@ -81,6 +81,14 @@ class OnACard:
         return 80
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_whether_a_card_has_room_can_be_asked_where_gradients_are_off(mode):
+    model = random_vocoder("nanoflow", res_channels=16)
+    fits.cache_clear()
+    with mode():
+        assert estimators._suits_fused(OnACard(torch.float16), model.flows()[0])
+
+
 @pytest.mark.parametrize("kernel", ["forward", "gate_backward", "hidden_backward", "taps_backward"])
 def test_cards_without_room_for_a_kernels_blocks_are_left_to_convolutions(kernel, monkeypatch):
     model = random_vocoder("nanoflow", res_channels=16)
