@@ -92,6 +92,13 @@ class TrainConfig(Settings):
     warmup_steps: int = _count(
         0, "added: steps over which the learning rate rises to the schedule; 0, as published: none", minimum=0
     )
+    crop_context: int = _count(
+        0,
+        "added: samples at the start of each training crop, a multiple of `n_height`, that are only the past of the "
+        "rest, for linear prediction; 0: what comes before a crop is taken for zeros",
+        2**26,
+        minimum=0,
+    )
     compile: Switch = _plain(
         False,
         "added: `torch.compile` of the estimator in training steps; needs a C++ compiler on CPUs, Triton on GPUs",
@@ -267,6 +274,13 @@ class Config(Settings):
             raise InputError(
                 f"waveflow_config.cin_channels {model.cin_channels} differs from "
                 f"data_config.n_mel_channels {data.n_mel_channels}; make them equal"
+            )
+        context = self.train_config.crop_context
+        if context % model.n_height or context >= data.segment_length or (context and not model.linear_prediction):
+            raise InputError(
+                f"train_config.crop_context {context}: expected a multiple of waveflow_config.n_height "
+                f"{model.n_height} below data_config.segment_length {data.segment_length}, and a "
+                "waveflow_config.linear_prediction that makes use of it; or 0"
             )
         if model.linear_prediction >= data.filter_length:
             raise InputError(

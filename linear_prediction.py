@@ -64,10 +64,10 @@ class LinearPrediction(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     @torch.no_grad()
-    def initialise(self, audio: Tensor, mel: Tensor) -> None:
+    def initialise(self, audio: Tensor, mel: Tensor, context: int = 0) -> None:
         """Choose the scale with which the residual of audio [B, T] has unit variance; 1 where that is silence."""
         self.log_scale.zero_()
-        power = self(audio.double(), mel)[0].square().mean()
+        power = self(audio.double(), mel, context)[0].square().mean()
         if power > 0 and power.isfinite():
             self.log_scale.copy_(power.log() / 2)
 
@@ -76,8 +76,11 @@ class LinearPrediction(nn.Module):
         coefficients, log_gain = self._filters(mel)
         return coefficients, log_gain.exp()
 
-    def forward(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """audio [B, T], mel [B, M, F] -> residual [B, T], log|det| [B]; any T."""
+    def forward(self, audio: Tensor, mel: Tensor, context: int = 0) -> tuple[Tensor, Tensor]:
+        """audio [B, T], mel [B, M, F] -> residual [B, T - context], log|det| [B]; any T.
+
+        context: samples at the start that are given, and only serve to predict the rest.
+        """
         hop, lead, samples = self.data.hop_length, self.data.hop_length // 2, audio.size(1)
         n_frames = -(-(samples + lead) // hop)
         coefficients, log_gain = self._filters(mel, n_frames)
@@ -86,9 +89,9 @@ class LinearPrediction(nn.Module):
         windows = padded.unfold(1, hop + self.order, hop)  # [B, F', p + hop], each after the past it is predicted from
         predicted = _convolve(windows, coefficients)[..., self.order - 1 : -1]
         residual = (windows[..., self.order :] - predicted) * torch.exp(-log_gain).unsqueeze(2)
-        owned = [stop - start for _, start, stop in self._blocks(0, samples)]
+        owned = [max(0, stop - max(start, context)) for _, start, stop in self._blocks(0, samples)]
         log_det = -(log_gain * log_gain.new_tensor(owned)).sum(1)
-        return residual.flatten(1)[:, lead : lead + samples].to(audio.dtype), log_det.to(audio.dtype)
+        return residual.flatten(1)[:, lead + context : lead + samples].to(audio.dtype), log_det.to(audio.dtype)
 
     @torch.no_grad()
     def inverse(self, residual: Tensor, mel: Tensor, start: int = 0, past: Tensor | None = None) -> Tensor:

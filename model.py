@@ -86,17 +86,21 @@ class FlowVocoder(nn.Module):
         if config.linear_prediction:
             self.linear_prediction = LinearPrediction(data_config, config.linear_prediction)
 
-    def forward(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """The change of variables of WaveFlow, eq. 2: z [B, 1, h, T/h] and log|det dz/dx| [B]."""
+    def forward(self, audio: Tensor, mel: Tensor, context: int = 0) -> tuple[Tensor, Tensor]:
+        """The change of variables of WaveFlow, eq. 2: z [B, 1, h, T/h] and log|det dz/dx| [B].
+
+        context: samples at the start, a multiple of h, that are given: only linear prediction hears them, and z is
+        that of the rest.
+        """
         if audio.dim() != 2 or len(audio) != len(mel):
             raise InputError(
                 f"audio of shape {list(audio.shape)} and mel of shape {list(mel.shape)}: expected [batch, samples] "
                 "and [batch, bands, frames]"
             )
         with self.execution.products(audio):
-            conditioning, log_det = self.condition(mel, audio.size(1)), audio.new_zeros(len(audio))
+            conditioning, log_det = self.condition(mel, audio.size(1), context), audio.new_zeros(len(audio))
             if self.linear_prediction is not None:
-                audio, log_det = self.linear_prediction(audio, mel)
+                audio, log_det = self.linear_prediction(audio, mel, context)
             x, flows = squeeze(audio.unsqueeze(1), self.config.n_height), self.flows()
             fast = None if self.execution.plain else FastFlows(flows, self.execution)
             for flow in flows:
@@ -127,10 +131,10 @@ class FlowVocoder(nn.Module):
         noise, length = self._noise(mel, temp, z)
         return engine_of(self)(mel, noise)[:, :length]
 
-    def initialise(self, audio: Tensor, mel: Tensor) -> None:
+    def initialise(self, audio: Tensor, mel: Tensor, context: int = 0) -> None:
         """Fit to a first batch what depends on data: the scale of the linear prediction, where there is one."""
         if self.linear_prediction is not None:
-            self.linear_prediction.initialise(audio, mel)
+            self.linear_prediction.initialise(audio, mel, context)
 
     def flows(self) -> list[Flow]:
         """The flows in the order of the likelihood, with what the variant lets them share."""
@@ -149,15 +153,15 @@ class FlowVocoder(nn.Module):
             for index, (permutation, order) in enumerate(row_orders(self.config))
         ]
 
-    def condition(self, mel: Tensor, n_samples: int) -> Tensor:
-        """Upsample, cut to the audio's length and squeeze: mel [B, M, F] -> [B, M, h, n_samples/h]."""
+    def condition(self, mel: Tensor, n_samples: int, start: int = 0) -> Tensor:
+        """Upsample, cut to samples from start to n_samples and squeeze: mel [B, M, F] -> [B, M, h, W]."""
         self._check_mel(mel)
         upsampled = self.upsampler(mel)
         if upsampled.size(2) < n_samples:
             raise InputError(
                 f"a mel of {mel.size(2)} frames covers {upsampled.size(2)} samples, but the audio has {n_samples}"
             )
-        return squeeze(upsampled[:, :, :n_samples], self.config.n_height)
+        return squeeze(upsampled[:, :, start:n_samples], self.config.n_height)
 
     def sample_noise(self, mel: Tensor, temp: float, generator: torch.Generator | None = None) -> Tensor:
         """z [B, 1, h, W] for a mel [B, M, F], of standard deviation temp; by a generator of the CPU.

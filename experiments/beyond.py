@@ -12,7 +12,14 @@ CLAIM = Claim(
     question="How much better is the best combination at equal steps, and how does the gain shrink with steps?",
     settings=(
         change("nanoflow", coupling_type="nanoflow"),
-        change(BEST, "primed", coupling_type="nanoflow", linear_prediction=256, n_height=64, bipartize=True),
+        change(
+            BEST,
+            coupling_type="nanoflow",
+            linear_prediction=256,
+            n_height=64,
+            bipartize=True,
+            train__crop_context=256,
+        ),
     ),
     reference="nanoflow",
     pairs=((BEST, "nanoflow"),),

@@ -6,10 +6,8 @@ from pathlib import Path
 
 from experiments.runs import Run, Setting
 
-# Of all claims but where they say otherwise: the demo's model without what is to be shown, at half precision, which
-# trains as well and is faster on processors with products for it.
+# Of all claims but where they say otherwise: the demo's model without what is to be shown.
 BASE = {
-    "train_config.fp16_run": "true",
     "train_config.lr_decay_step": "200000",
     "waveflow_config.bipartize": "false",
     "waveflow_config.linear_prediction": "0",

@@ -66,6 +66,7 @@ def floor_of(data: Path, order: int) -> Result:
         train_loss=float("nan"),
         seconds=0.0,
         cpu_seconds=0.0,
+        precision="float32",
         settings=setting_of(order).text,
         **vars(speech),
     )

@@ -171,9 +171,9 @@ class InterpolatedPrediction(LinearPrediction):
     def __init__(self, data: DataConfig, order: int) -> None:
         super().__init__(data.model_copy(update={"hop_length": data.hop_length // self.PARTS}), order)
 
-    def forward(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, audio: Tensor, mel: Tensor, context: int = 0) -> tuple[Tensor, Tensor]:
         """`LinearPrediction.forward` by the filters in between."""
-        return super().forward(audio, self._between(mel))
+        return super().forward(audio, self._between(mel), context)
 
     @torch.no_grad()
     def inverse(self, residual: Tensor, mel: Tensor, start: int = 0, past: Tensor | None = None) -> Tensor:
@@ -240,32 +240,6 @@ class LearnedGain(LinearPrediction):
         return coefficients, log_gain + self.LIMIT * torch.tanh(change / self.LIMIT)
 
 
-class PrimedPrediction(LinearPrediction):
-    """Prediction that takes the start of a training crop only as the past of the rest (own idea).
-
-    What comes before a crop is taken for zeros, so that its first samples cannot be predicted: errors of a kind that
-    whole clips, which begin in silence, do not have.
-    """
-
-    def forward(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """`LinearPrediction.forward`; in training for the samples from the second hop on."""
-        residual, log_det = super().forward(audio, mel)
-        if not self.training:
-            return residual, log_det
-        hop = self.data.hop_length
-        return residual[:, hop:], log_det - super().forward(audio[:, :hop], mel)[1]
-
-
-class PrimedVocoder(FlowVocoder):
-    """Vocoder of a primed prediction, whose conditioning begins where its residual does; n_height divides the hop."""
-
-    def condition(self, mel: Tensor, n_samples: int) -> Tensor:
-        """`FlowVocoder.condition`; in training for the samples from the second hop on."""
-        conditioning = super().condition(mel, n_samples)
-        first = self.config.hop_length // self.config.n_height if self.training else 0
-        return conditioning[..., first:]
-
-
 # --- density of the noise -------------------------------------------------------------------------------------
 
 
@@ -321,11 +295,11 @@ class Subject(nn.Module):
     def execution(self, execution: Execution) -> None:
         self.model.execution = execution
 
-    def noise_of(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
+    def noise_of(self, audio: Tensor, mel: Tensor, context: int = 0) -> tuple[Tensor, Tensor]:
         """`FlowVocoder.forward`; in training with dither, uniform noise as wide as a step of the audio."""
         if self.training and self.dither:
             audio = audio + self.dither * (torch.rand_like(audio) - 0.5)
-        return self.model(audio, mel)
+        return self.model(audio, mel, context)
 
     def log_likelihood(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
         """Nats [B] of what `noise_of` gave."""
@@ -352,7 +326,6 @@ VARIANTS = {
     "constants": Variant(prediction=LearnedConstants),
     "bands": Variant(prediction=LearnedBands),
     "gain": Variant(prediction=LearnedGain),
-    "primed": Variant(model=PrimedVocoder, prediction=PrimedPrediction),
     "student": Variant(prior=StudentPrior),
     "dither": Variant(dither=INT16_STEP),
 }

@@ -12,9 +12,11 @@ from audio import MelSpectrogram
 from checkpoint import Checkpoint, load_checkpoint
 from config import DataConfig, load_config
 from data import first_batch, make_train_loader
+from fast.estimators import Execution
 from harness.errors import InputError
 from linear_prediction import PEAK_LIMIT, LinearPrediction, levinson
 from model import build_model
+from modules import FlowLoss
 from tests.support.experiments import fails, run
 from tests.support.vocoders import random_vocoder, small_config
 from training.trainer import Trainer
@@ -100,6 +102,16 @@ def test_residual_is_that_of_the_formula(data):
     _, gain = transform.filters(mel)
     frame = ((2 * torch.arange(audio.size(1)) + data.hop_length) // (2 * data.hop_length)).clamp(max=mel.size(2) - 1)
     torch.testing.assert_close(log_det, -(gain.log() + transform.log_scale)[:, frame].sum(1))
+
+
+@pytest.mark.parametrize("context", [1, 7, 128, 256, 300])
+@pytest.mark.parametrize("data", [DataConfig(), TINY], ids=["published", "tiny"])
+def test_context_is_the_past_of_the_rest_and_not_counted(data, context):
+    transform, audio, mel = case(data, 11)
+    residual, log_det = transform(audio, mel, context)
+    whole, of_all = transform(audio, mel)
+    torch.testing.assert_close(residual, whole[:, context:], rtol=0, atol=0)
+    torch.testing.assert_close(of_all - log_det, transform(audio[:, :context], mel)[1])
 
 
 def test_initial_scale_gives_unit_variance_and_silence_keeps_it_finite():
@@ -285,6 +297,28 @@ def test_log_determinants_add_up():
     torch.testing.assert_close(model(audio, mel), (z, log_det + own))
 
 
+@pytest.mark.parametrize(("n_height", "context"), [(8, 256), (8, 264), (4, 4)])
+def test_given_a_context_the_likelihood_is_that_of_the_rest(n_height, context):
+    model, audio, mel = predicting_vocoder(torch.float64, n_layer=2, n_height=n_height)
+    audio, mel = audio[:1, : context + 32], mel[:1, :, : (context + 32) // 256 + 2]
+    z, log_det = model(audio, mel, context)
+    assert z.shape == (1, 1, n_height, 32 // n_height)
+
+    def noise(rest):
+        return model(torch.cat([audio[:, :context], rest], dim=1), mel, context)[0].flatten()
+
+    jacobian = torch.autograd.functional.jacobian(noise, audio[:, context:])[:, 0]
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian).logabsdet, rtol=1e-9, atol=1e-9)
+    model.execution = Execution(plain=True)
+    torch.testing.assert_close(model(audio, mel, context), (z, log_det), rtol=1e-9, atol=1e-9)
+
+
+def test_after_a_context_the_flows_are_conditioned_on_the_frames_they_stand_at():
+    model, audio, mel = predicting_vocoder()
+    whole = model.condition(mel, audio.size(1))
+    assert torch.equal(model.condition(mel, audio.size(1), 264), whole[..., 264 // 8 :])
+
+
 def test_half_precision_leaves_the_filter_alone():
     model, audio, mel = predicting_vocoder()
     expected, _ = model.linear_prediction(audio, mel)
@@ -305,8 +339,13 @@ def test_a_vocoder_asks_what_its_mels_are():
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_trains_resumes_evaluates_and_synthesizes_with_it(config, tmp_path, capsys):
-    order = {"waveflow_config__linear_prediction": 24, "train_config__ema_decay": 0.9}
+@pytest.mark.parametrize("context", [0, 256])
+def test_a_run_trains_resumes_evaluates_and_synthesizes_with_it(config, tmp_path, capsys, context):
+    order = {
+        "waveflow_config__linear_prediction": 24,
+        "train_config__ema_decay": 0.9,
+        "train_config__crop_context": context,
+    }
     path = config(**order)
     assert run("-c", path, "--max_iterations", 4) == 0
     checkpoint = load_checkpoint(tmp_path / "runs" / "tiny" / "waveflow_4")
@@ -319,12 +358,34 @@ def test_a_run_trains_resumes_evaluates_and_synthesizes_with_it(config, tmp_path
     assert "linear_prediction 24, the config says 12" in capsys.readouterr().err
 
 
-def test_the_scale_comes_from_the_first_batch_of_fresh_runs_only(config, tmp_path):
-    path = config(waveflow_config__linear_prediction=24)
+def test_a_step_with_a_context_has_the_loss_of_the_rest(config, tmp_path):
+    settings = load_config(config(waveflow_config__linear_prediction=24, train_config__crop_context=264))
+    trainer = Trainer(settings, torch.device("cpu"), tmp_path, None, warm=False)
+    audio, mel = first_batch(make_train_loader(settings))
+    with torch.no_grad():
+        expected = FlowLoss()(trainer.model(audio, mel, 264))
+        of_all = FlowLoss()(trainer.model(audio, mel))
+    loss, *_ = trainer.step(audio, mel)
+    torch.testing.assert_close(loss, expected)
+    assert abs(loss - of_all) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("context", "order"), [(12, 24), (2048, 24), (2056, 24), (256, 0)], ids=["height", "all", "more", "no prediction"]
+)
+def test_contexts_that_cannot_be_are_refused(config, capsys, context, order):
+    keys = {"train_config__crop_context": context, "waveflow_config__linear_prediction": order}
+    said = fails(capsys, "-c", config(**keys))
+    assert f"train_config.crop_context {context}" in said and "waveflow_config.n_height 8" in said
+
+
+@pytest.mark.parametrize("context", [0, 256])
+def test_the_scale_comes_from_the_first_batch_of_fresh_runs_only(config, tmp_path, context):
+    path = config(waveflow_config__linear_prediction=24, train_config__crop_context=context)
     settings = load_config(path)
     fresh = Trainer(settings, torch.device("cpu"), tmp_path, None, warm=False)
     expected = LinearPrediction(settings.data_config, 24)
-    expected.initialise(*first_batch(make_train_loader(settings)))
+    expected.initialise(*first_batch(make_train_loader(settings)), context)
     assert torch.equal(fresh.model.linear_prediction.log_scale, expected.log_scale)
     weights = {name: value + 1 for name, value in fresh.model.state_dict().items()}
     start = Checkpoint(path=tmp_path, name="other", iteration=0, weights=weights)

@@ -14,7 +14,7 @@ def check_memory(config: Config, device: torch.device) -> None:
     """InputError where a training step takes more memory than the device has left."""
     train, data, model = config.train_config, config.data_config, config.waveflow_config
     devices = torch.cuda.device_count() if device.type == "cuda" and world_size() == 1 else world_size()
-    samples = train.batch_size * data.segment_length / train.accumulation_steps / max(1, devices)
+    samples = train.batch_size * (data.segment_length - train.crop_context) / train.accumulation_steps / max(1, devices)
     layers = model.n_layer * (1 if train.checkpoint_activations else model.n_flow)
     kept = KEPT[device.type] * layers * model.res_channels * samples * (2 if train.fp16_run else 4)
     crops = 4.0 * train.batch_size * data.segment_length / world_size()

@@ -68,7 +68,8 @@ class Trainer:
             config, 0 if start is None or warm else start.iteration, rank(), world_size(), device
         )
         if start is None and config.waveflow_config.linear_prediction:
-            self.model.initialise(*(tensor.to(device) for tensor in first_batch(self.loader)))
+            batch = (tensor.to(device) for tensor in first_batch(self.loader))
+            self.model.initialise(*batch, train.crop_context)
         self.average = MovingAverage(self.model, train.ema_decay) if train.ema_decay else None
         if start is not None and not warm:
             scheduled, bad_before = self._restore(start)
@@ -138,7 +139,7 @@ class Trainer:
         """Gradients of a part of a batch; returns what it adds to the loss and the log-determinant term."""
         with nullcontext() if last else gradients_stay(self.parallel):
             with self.precision.autocast():
-                z, log_det = self.parallel(audio, mel)
+                z, log_det = self.parallel(audio, mel, self.config.train_config.crop_context)
             loss = self.loss((z, log_det)) / self.parts
             self.precision.backward(loss, first, last)
         return torch.stack([loss.detach(), log_det.detach().sum() / z.numel() / self.parts])

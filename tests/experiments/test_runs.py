@@ -35,7 +35,7 @@ def row(setting, seed, ll, corpus="c", steps=3):
     return Result(
         name=setting.name, corpus=corpus, seed=seed, steps=steps, test_ll=ll, log_mel=1.0, log_mel_temp=1.0, stoi=0.5,
         stoi_temp=1.0, parameters=10, synthesis_parameters=9, multiply_adds=1000.0, order=0, train_loss=-ll,
-        seconds=1.0, cpu_seconds=1.0, ll_clips=1, synthesis_clips=1, settings=setting.text,
+        seconds=1.0, cpu_seconds=1.0, ll_clips=1, synthesis_clips=1, precision="float32", settings=setting.text,
     )  # fmt: skip
 
 
@@ -175,3 +175,12 @@ def test_every_setting_is_a_model_that_can_be_built(data):
 def test_a_wrong_setting_is_refused_by_name(data, capsys):
     assert experiments.main(["ordering", "--data", str(data), "--only", "nonsense"]) == 1
     assert "--only 'nonsense': expected one of waveflow + lp 128" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("has_products", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_half_precision_is_the_machines_and_no_part_of_a_setting(data, monkeypatch, has_products, precision):
+    monkeypatch.setattr("experiments.runs.fast_bfloat16", lambda: has_products)
+    setting = change("tiny", coupling_type="nanoflow")
+    run = Run(setting, data, 1, 1)
+    assert run.config().train_config.fp16_run == (precision == "bfloat16")
+    assert "fp16_run" not in setting.text

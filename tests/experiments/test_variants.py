@@ -145,7 +145,7 @@ def test_the_gaussian_density_is_the_published_one():
 
 def test_dither_is_a_step_of_the_audio_wide_and_only_in_training():
     class Kept(torch.nn.Module):
-        def forward(self, audio, mel):
+        def forward(self, audio, mel, context):
             return audio, mel
 
     subject = Subject(Kept(), GaussianPrior(), VARIANTS["dither"].dither)
@@ -169,26 +169,3 @@ def test_data_settings_of_a_filter_in_between_are_half_as_far_apart():
     assert coefficients.shape == (1, 9, 6)
     whole, _ = VARIANTS["interpolated"].prediction.__base__(data, 6).filters(mel)
     torch.testing.assert_close(coefficients[:, ::2], whole, rtol=1e-5, atol=1e-6)
-
-
-def test_a_primed_crop_has_the_likelihood_of_its_rest_given_its_first_hop():
-    subject = subject_of("primed", order=6)
-    audio, mel = speech(samples=1024, batch=2)
-    prediction, hop = subject.model.linear_prediction, 256
-    subject.eval()
-    whole, _ = prediction(audio, mel)
-    gains = prediction.filters(mel)[1]
-    subject.train()
-    residual, log_det = prediction(audio, mel)
-    torch.testing.assert_close(residual, whole[:, hop:])
-    frames = (torch.arange(hop, 1024) + hop // 2) // hop
-    torch.testing.assert_close(log_det, -(gains[:, frames].log() + prediction.log_scale).sum(1))
-    z, _ = subject.noise_of(audio, mel)
-    assert z.shape == (2, 1, subject.model.config.n_height, (1024 - hop) // subject.model.config.n_height)
-
-
-def test_a_primed_crop_is_conditioned_on_the_frames_it_stands_at():
-    subject, mel = subject_of("primed", order=6), speech(samples=1024)[1]
-    rows = subject.model.condition(mel, 1024)
-    subject.eval()
-    torch.testing.assert_close(rows, subject.model.condition(mel, 1024)[..., 256 // subject.model.config.n_height :])
