@@ -7,6 +7,9 @@ with the config and facts about the training as texts.
 The optimizer numbers its parameters in the order of the keys of `model`.
 """
 
+if __name__ == "__main__":
+    import harness.start  # noqa: F401
+
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -396,8 +399,7 @@ def _average(config: Config, newest_first: Sequence[Path], start: Start) -> Chec
 
 
 if __name__ == "__main__":
-    import sys
-
+    from harness.stopping import leave
     from jobs.files import main  # stands above this room, and only this command line needs it
 
-    sys.exit(main())
+    leave(main())

@@ -4,12 +4,14 @@ Random choices come from `random_stream`, by seed, epoch and index, so what a cr
 workers nor on where a run was resumed.
 """
 
+if __name__ == "__main__":
+    import harness.start  # noqa: F401
+
 import argparse
 import itertools
 import math
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +40,7 @@ from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, rand
 from harness.errors import InputError
 from harness.lists import read_entries
 from harness.processes import is_main
-from harness.stopping import exit_status
+from harness.stopping import exit_status, leave
 
 LONG_LIST = 500_000  # bytes of a list that holds some thousands of clips
 MANY_CLIPS = 10_000  # whose headers take seconds, or minutes where files are far away
@@ -405,4 +407,4 @@ def _save_mels(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

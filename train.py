@@ -11,6 +11,9 @@ python train.py -c CONFIG -a 20 [...]           the same from the average of the
 python train.py --report RUN_DIR...             one HTML page about one run or several
 """
 
+if __name__ == "__main__":
+    import harness.start  # noqa: F401
+
 import argparse
 import itertools
 import json
@@ -45,7 +48,7 @@ from harness.devices import choose_device, make_deterministic
 from harness.errors import InputError
 from harness.folder import locked_run, record_start
 from harness.processes import gather, held_by_main, is_main, on_main, process_group, report_error, share, world_size
-from harness.stopping import StopRequest, exit_status
+from harness.stopping import StopRequest, exit_status, leave
 from jobs.metrics import measure_all
 from jobs.report import write_run_report
 from jobs.synthesis import STDOUT, Request, synthesize_all
@@ -74,9 +77,8 @@ class Training:
 
 def train(config: Config, device: torch.device, start: Start, how: Training) -> int:
     """Train until `epochs`, --max_iterations, --max_hours or a signal; returns the exit status."""
-    stop = StopRequest(how.max_hours)
     tell_of_a_long_list(config.data_config)
-    with held_by_main(locked_run(config.run_folder)):
+    with StopRequest(how.max_hours) as stop, held_by_main(locked_run(config.run_folder)):
         checkpoint = on_main(lambda: _begin_from(config, start, how.warm_start))
         trainer = Trainer(config, device, config.run_folder, checkpoint, warm=how.warm_start)
         last = config.train_config.epochs * trainer.loader.batch_sampler.batches_per_epoch
@@ -381,4 +383,4 @@ def _request(options: argparse.Namespace) -> Request:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

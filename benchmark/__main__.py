@@ -11,11 +11,13 @@ an engine that computes the same with fewer may pass 100 % of the matrix peak, w
 Peak memory is that of one run, the model and its inputs included, in a process of its own.
 """
 
+if __name__ == "__main__":
+    import harness.start  # noqa: F401
+
 import argparse
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from harness import terminal
 from harness.arguments import Help, Parser, add_general, number, whole_number
 from harness.devices import choose_device
 from harness.errors import InputError
-from harness.stopping import exit_status
+from harness.stopping import exit_status, leave
 
 CONFIGS = [f"configs/{name}.json" for name in ("waveflow-h16-r64", "waveflow-h16-r128", "nanoflow-h16-r128-emb512")]
 TRAINING = ("train_baseline", "train", "train_checkpointed")
@@ -179,4 +181,4 @@ def _say_table(name: str, rows: list[dict[str, Any]], peaks: dict[str, float]) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -21,6 +21,7 @@ from torch import Tensor
 from audio import MelSpectrogram, resample
 from evaluation.distance import intelligibility, log_mel_distance
 from harness.files import written_whole
+from harness.stopping import uninterrupted
 
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))  # FFT, hop, window of Parallel WaveGAN
 CEPSTRA = slice(1, 14)  # of the mel-cepstral distortion; the 0th is loudness
@@ -112,7 +113,8 @@ def pitch(audio: Tensor, rate: int, hop: int) -> np.ndarray:
 
     low, high = PITCH_RANGE
     frame = 2 ** math.ceil(math.log2(2.5 * rate / low))
-    return librosa.pyin(audio.numpy(), fmin=low, fmax=high, sr=rate, frame_length=frame, hop_length=hop)[0]
+    with uninterrupted():  # or the process may end with a segmentation fault
+        return librosa.pyin(audio.numpy(), fmin=low, fmax=high, sr=rate, frame_length=frame, hop_length=hop)[0]
 
 
 def pitch_errors(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:

@@ -11,8 +11,10 @@ python -m experiments tables                   docs/experiments.md and its plots
 DIR is that of a corpus, as `python data.py` makes it. What was run is in the CSV and is not run again.
 """
 
+if __name__ == "__main__":
+    import harness.start  # noqa: F401
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from harness import terminal
 from harness.arguments import Help, Parser, add_general, number, whole_number
 from harness.errors import InputError
 from harness.folder import locked_run
-from harness.stopping import exit_status
+from harness.stopping import exit_status, leave
 from synthesis.mel_matching import MAX_PASSES
 from vocoder import PRETRAINED, Vocoder
 
@@ -121,4 +123,4 @@ def _speak(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

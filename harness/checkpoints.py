@@ -16,6 +16,7 @@ from harness import terminal
 from harness.errors import InputError, show
 from harness.files import written_whole
 from harness.safetensors_files import load_safetensors
+from harness.stopping import safe_point
 from harness.torch_files import RefusedFile, digest, load_tensors
 from harness.training_state import check_random_state, checked_optimizer
 
@@ -112,6 +113,7 @@ def newest_whole(
         try:
             return read(path)
         except InputError as error:
+            safe_point()  # an interrupt can look like a damaged file
             first = first or str(error)
             warn(f"{error}{'; trying the one before' if path is not found[-1] else ''}")
     if found:

@@ -110,11 +110,14 @@ class Loop(ABC):
     # --- the loop -----------------------------------------------------------------------------------------
 
     def run(self) -> bool:
-        """Train to the end or to a stop; returns whether the last checkpoint could be saved."""
+        """Train to the end or to a stop; returns whether the last checkpoint could be saved.
+
+        Within the `stop`'s context, which is entered before what a run begins with.
+        """
         try:
-            with self.stop, worker_deaths_named(self.remedies.worker_died):
+            with worker_deaths_named(self.remedies.worker_died):
                 self.begin()
-                if self.trained.iteration < self.last:
+                if self.trained.iteration < self.last and not agree(self.stop, at_first=True):
                     self._steps()
                 return not self.saver.failed
         finally:

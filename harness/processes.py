@@ -198,13 +198,13 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
-def agree(stop: StopRequest, finally_: bool = False) -> bool:
+def agree(stop: StopRequest, finally_: bool = False, at_first: bool = False) -> bool:
     """Agree on stopping: where one process is to stop, all are, for the same reason.
 
     A signal that comes while they agree is kept for the next time. finally_: there is none, and what comes later is
-    too late; so all end with the same status.
+    too late; so all end with the same status. at_first: before the first step, which hours allow in any case.
     """
-    wanted = bool(stop)
+    wanted = stop.signal is not None if at_first else bool(stop)
     if world_size() > 1:
         asked = torch.tensor([stop.signal or 0, wanted])
         dist.all_reduce(asked, dist.ReduceOp.MAX)

@@ -4,12 +4,13 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -30,22 +31,36 @@ def exit_status(
     errors and results are said.
     """
     report = report or terminal.error
-    with terminal.ready(quiet), _threads_of_libraries():
+    with terminal.ready(quiet), _threads_of_libraries(), _Interrupt():
         try:
             return job() or 0
         except KeyboardInterrupt:
-            terminal.note("interrupted")
-            return INTERRUPTED
-        except InputError as error:
-            report(error)
-        except OSError as error:
-            report(InputError(reason(error)))
-        except (MemoryError, RuntimeError) as error:  # torch has no class of its own for the memory of the CPU
-            lack = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-            if not lack:
-                raise
-            report(InputError(f"out of memory ({' '.join(str(error).split())[:120]}); choose smaller sizes"))
-        return 1
+            pass
+        except Exception as error:
+            if not _interrupted():  # else it is what some library made of that
+                report(_in_one_line(error))
+                return 1
+        terminal.note("interrupted")
+        return INTERRUPTED
+
+
+def _in_one_line(error: Exception) -> InputError:
+    """What went wrong by no fault of ours; raises the error itself where it is one."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError):
+        return InputError(reason(error))
+    # torch has no class of its own for the memory of the CPU
+    lack = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    if lack and isinstance(error, (MemoryError, RuntimeError)):
+        return InputError(f"out of memory ({' '.join(str(error).split())[:120]}); choose smaller sizes")
+    raise error
+
+
+def leave(status: int) -> NoReturn:
+    """Exit with a status for the shell; Ctrl-C no longer interrupts what Python then puts away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
 
 
 @contextmanager
@@ -68,20 +83,76 @@ class _Stopped(Exception):
     pass
 
 
+class _Interrupt:
+    """Ctrl-C while a command works and no StopRequest is there: KeyboardInterrupt, once.
+
+    A library may turn it into an error of its own, or lose it: so safe points and StopRequests ask whether it came.
+    Another one changes nothing, so that the first is dealt with, or, SAME_INTERRUPT later, ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.at = math.inf  # time of the first
+        self.held = False  # by `uninterrupted`
+        self._process = os.getpid()
+
+    def __enter__(self) -> None:
+        global _interrupt
+        # Only where nobody else takes it: not within another command, in a thread, or where a shell has it ignored.
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
+            self._before, _interrupt = signal.signal(signal.SIGINT, self._note), self
+
+    def __exit__(self, *_: object) -> None:
+        global _interrupt
+        if _interrupt is self:
+            signal.signal(signal.SIGINT, self._before)
+            _interrupt = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            signal.default_int_handler(number, frame)
+        if self.at == math.inf:
+            self.at = time.monotonic()
+            if not self.held:
+                raise KeyboardInterrupt
+        elif time.monotonic() - self.at >= SAME_INTERRUPT:
+            _end_now()
+
+
+def _interrupted() -> bool:
+    return _interrupt is not None and _interrupt.at < math.inf
+
+
+_interrupt: _Interrupt | None = None  # of the command under way
 _stoppable: "StopRequest | None" = None  # whose `unless_stopped` is under way
 
 
 def safe_point() -> None:
     """A place between two parts of a longer work, where a signal that came meanwhile may end it.
 
-    Does nothing unless the work is done by `StopRequest.unless_stopped`. What must be put back belongs in a `finally`.
+    Under a StopRequest only what is done by its `unless_stopped`. What must be put back belongs in a `finally`.
     """
     if _stoppable is not None and _stoppable.signal is not None:
         raise _Stopped
+    if _interrupted():
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Context of code that no exception may enter, as what numba compiled: Ctrl-C is dealt with after it."""
+    if _interrupt is not None:
+        _interrupt.held = True
+    try:
+        yield
+    finally:
+        if _interrupt is not None:
+            _interrupt.held = False
+    safe_point()
 
 
 class StopRequest:
-    """A wish to end a run before its last step: after SIGINT, SIGTERM, or `hours`; asked between steps.
+    """A wish to end a run before its last step: after SIGINT, SIGTERM, or `hours`; asked before steps.
 
     A signal is only noted: nothing is raised into code that does not expect it. A second SIGINT, of a person who does
     not want to wait, ends the process at once, as SIGKILL would. SIGTERM and SIGINT in either order, and a SIGINT that
@@ -115,6 +186,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if _interrupted():  # and lost in what was done before
+            self.signal, self._interrupted_at, _interrupt.at = signal.SIGINT, _interrupt.at, math.inf
         return self
 
     def __exit__(self, *_: object) -> None:

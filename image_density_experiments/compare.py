@@ -11,6 +11,8 @@ if __name__ == "__main__" and not __package__:  # as a script: begin again as a 
     places = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-P", "-m", "image_density_experiments.compare", *sys.argv[1:]]
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(places)})
+elif __name__ == "__main__":
+    import harness.start  # noqa: F401
 
 import argparse
 import csv
@@ -25,7 +27,7 @@ from harness.errors import InputError, reason, show
 from harness.files import RefusedFile, read_text
 from harness.log import MAX_TABLE_BYTES
 from harness.settings import parse_section
-from harness.stopping import exit_status
+from harness.stopping import exit_status, leave
 from image_density_experiments.checkpoint import list_checkpoints, newest_checkpoint
 from image_density_experiments.figures import save_curves
 from image_density_experiments.loop import EPOCH_FILE, STEP_FILE
@@ -124,4 +126,4 @@ def _compare(folders: Sequence[Path], curves: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

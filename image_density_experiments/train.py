@@ -16,6 +16,8 @@ if __name__ == "__main__" and not __package__:
     places = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-P", "-m", "image_density_experiments.train", *sys.argv[1:]]
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(places)})
+elif __name__ == "__main__":
+    import harness.start  # noqa: F401
 
 from collections.abc import Sequence
 
@@ -25,7 +27,7 @@ from harness import terminal
 from harness.devices import choose_device
 from harness.folder import clear, locked_run, record_start, require_empty, require_only
 from harness.processes import held_by_main, on_main, process_group, report_error, world_size
-from harness.stopping import StopRequest, exit_status
+from harness.stopping import StopRequest, exit_status, leave
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments import jobs
 from image_density_experiments.loop import train_until
@@ -58,7 +60,7 @@ def train(options: Options, device: torch.device) -> int:
     how, which = train_options(options, start), data_options(options, start)
     data = read_images(which, options.download)
     check_same_images(start, which, data, training=True)
-    with held_by_main(locked_run(folder)):
+    with StopRequest() as stop, held_by_main(locked_run(folder)):
         if options.fresh:
             on_main(lambda: clear(folder, RUN_FILES))
         torch.manual_seed(how.seed)
@@ -80,9 +82,9 @@ def train(options: Options, device: torch.device) -> int:
         )
         if trainer.iteration >= last:
             terminal.say(f"already at iteration {trainer.iteration}; raise --epochs or --max_iterations to go on")
-        stop = StopRequest()
         saved = train_until(last, trainer, options.temperatures, stop)
-    return stop.exit_status(saved, finished=trainer.iteration >= last, resume=f"go on with --saved_model {folder}")
+    resume = f"go on with --saved_model {folder}" if ckpt.list_checkpoints(folder) else "nothing was trained yet"
+    return stop.exit_status(saved, finished=trainer.iteration >= last, resume=resume)
 
 
 def _refuse_foreign_folder(options: Options) -> None:
@@ -124,4 +126,4 @@ def _run(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -18,6 +18,7 @@ from harness.errors import InputError
 from harness.files import written_whole
 from harness.folder import record_more
 from harness.processes import gather, is_main, share
+from harness.stopping import safe_point
 from jobs.inputs import check_input, find_inputs, read_recording
 from vocoder import PLAIN, Clip, Finish, Sound, Vocoder
 
@@ -61,6 +62,7 @@ def synthesize_all(vocoder: Vocoder, entries: Sequence[str], request: Request, c
         clips = _clips(vocoder, entries, request, temp, config.train_config.seed)
         samples, seconds = 0, 0.0
         for sounds in vocoder.synthesize(clips, request.batch_seconds, request.finish):
+            safe_point()
             _write_batch(sounds, folder, vocoder, request)
             samples += sum(len(sound.audio) for sound in sounds)
             seconds += sum(sound.seconds for sound in sounds)

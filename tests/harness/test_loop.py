@@ -135,10 +135,19 @@ def test_a_signal_ends_it_after_the_steps_that_were_read_back(tmp_path, every_fi
             if steps[-1].iteration == 10:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    stop = StopRequest()
-    run = Signalled(model, last=10_000, every=10_000, stop=stop)
-    assert run.run() and stop.signal == signal.SIGTERM
+    with StopRequest() as stop:
+        run = Signalled(model, last=10_000, every=10_000, stop=stop)
+        assert run.run() and stop.signal == signal.SIGTERM
     assert run.milestones == [(10, True)] and model.saved == [10]
+
+
+def test_after_a_signal_that_came_before_it_there_is_no_step(tmp_path):
+    model = Number(tmp_path)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        run = NumberLoop(model, last=10, stop=stop)
+        assert run.run()
+    assert run.took == [] and model.saved == [] and table(tmp_path) == []
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then_and_one_before_each_milestone(tmp_path, capsys, monkeypatch):

@@ -1,19 +1,23 @@
 """stopping.py: signals, hours, errors and the exit status; alone and by the real command."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
 import checkpoint as ckpt
+import train
 from harness.errors import InputError
-from harness.stopping import SAME_INTERRUPT, StopRequest, exit_status, safe_point
-from tests.support.experiments import ROOT, losses, run
+from harness.stopping import SAME_INTERRUPT, StopRequest, exit_status, safe_point, uninterrupted
+from jobs import files
+from tests.support.experiments import ROOT, log_all_to, losses, run, run_quietly
 
 FORK = multiprocessing.get_context("fork")
 
@@ -129,6 +133,139 @@ def test_errors_become_one_line_and_a_status(capsys):
         exit_status(raises(RuntimeError("a mistake of ours")))
 
 
+def swallow():
+    with contextlib.suppress(KeyboardInterrupt):  # as a weakref's callback does
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def translate():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        raise AttributeError("as a library says it") from None
+
+
+def interrupt_again_and_again():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for _ in range(20):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def swallow_and_reach_a_safe_point():
+    swallow()
+    safe_point()
+
+
+def hold():
+    with uninterrupted():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            os._exit(98)
+
+
+def swallow_and_wait():
+    swallow()
+    time.sleep(SAME_INTERRUPT + 0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "job", [translate, interrupt_again_and_again, swallow_and_reach_a_safe_point, hold, swallow_and_wait]
+)
+def test_an_interrupt_ends_a_command_whatever_is_made_of_it(job, tmp_path):
+    def command():
+        log_all_to(tmp_path / "said.txt")
+        job_done = []
+        status = exit_status(lambda: job_done.append(job()))
+        os._exit(99 if job_done else status)
+
+    process = FORK.Process(target=command)
+    process.start()
+    process.join()
+    assert process.exitcode == 130
+    assert (tmp_path / "said.txt").read_text().split() == ["interrupted"]
+
+
+def test_a_command_puts_the_handler_back_and_leaves_those_of_others_alone():
+    python = signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is python
+    assert exit_status(lambda: int(signal.getsignal(signal.SIGINT) is python)) == 0
+    assert signal.getsignal(signal.SIGINT) is python
+    for other in (signal.SIG_IGN, lambda number, frame: None):
+        signal.signal(signal.SIGINT, other)
+        try:
+            assert exit_status(lambda other=other: int(signal.getsignal(signal.SIGINT) is not other)) == 0
+        finally:
+            signal.signal(signal.SIGINT, python)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(exit_status(lambda: 5)))
+    thread.start()
+    thread.join()
+    assert found == [5]
+
+
+def test_an_interrupt_lost_before_a_run_began_stops_it():
+    def job():
+        swallow()
+        with StopRequest() as stop:
+            assert stop.signal == signal.SIGINT
+            safe_point()  # the request has it now
+            return stop.exit_status(saved=True, finished=False, resume="go on")
+
+    assert exit_status(job) == 130
+
+
+@pytest.mark.parametrize("numbers", [[INT], [INT] * 3, [TERM], [TERM, INT], [INT, TERM]], ids=str)
+def test_a_signal_while_a_run_is_prepared_costs_nothing_and_is_not_lost(config, tmp_path, numbers):
+    """Wherever reading the checkpoint, the corpus or making the model was."""
+    path, log, folder = config(), tmp_path / "log.txt", tmp_path / "runs" / "tiny"
+    assert run("-c", path, "--max_iterations", 8) == 0
+    points = ["checkpoint.load_checkpoint", "training.trainer.build_model", "training.trainer.make_train_loader",
+              "training.trainer.checked_state", "train.read_test_files", "train.record_start"]  # fmt: skip
+    for point in points:
+
+        def command(point=point):
+            owner, _, name = point.rpartition(".")
+            real = getattr(sys.modules[owner], name)
+
+            def call(*arguments, **options):
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+                return real(*arguments, **options)
+
+            setattr(sys.modules[owner], name, call)
+            run_quietly(["-c", path, "--resume", "latest"], log)
+
+        process = FORK.Process(target=command)
+        process.start()
+        process.join(60)
+        assert process.exitcode in (128 + INT, 128 + TERM), point
+        said = log.read_text()
+        assert said.splitlines()[-1].startswith("stopped by SIG") and "Traceback" not in said, point
+        assert "refused" not in said and [p.name for p in ckpt.list_checkpoints(folder)] == ["waveflow_8", "waveflow_4"]
+    assert run("-c", path, "--resume", "latest", "--max_iterations", 9) == 0
+
+
+@pytest.mark.parametrize(
+    "seconds", [0.2, 0.7, 1.5, *(pytest.param(n / 10, marks=pytest.mark.soak) for n in range(2, 60))]
+)
+def test_ctrl_c_while_python_imports_and_a_run_begins_is_no_traceback(config, seconds):
+    """The real command, from when Python itself is there."""
+    begin = "import runpy; print('Python', flush=True); runpy.run_path('train.py', run_name='__main__')"
+    command = [sys.executable, "-c", begin, "-c", config(), "--resume", "latest"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "Python\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode in (130, -INT) and "Traceback" not in err + out
+    assert not err or err == "interrupted\n"
+
+
 def test_interrupts_in_quick_succession_leave_a_run_that_goes_on(config, tmp_path):
     path, folder = config(train_config__iters_per_checkpoint=2), tmp_path / "runs" / "tiny"
     command, quietly = [sys.executable, ROOT / "train.py", "-c", path], {"stdout": subprocess.DEVNULL, "text": True}
@@ -143,3 +280,52 @@ def test_interrupts_in_quick_succession_leave_a_run_that_goes_on(config, tmp_pat
     assert process.returncode == 130 and "Traceback" not in err
     iteration = int(ckpt.list_checkpoints(folder)[0].name.split("_")[1])
     assert run("-c", path, "--resume", "latest", "--max_iterations", iteration + 1) == 0
+
+
+def storm_of_interrupts(command, log, after):
+    """The exit status of a forked command that gets three SIGINTs some seconds after it began."""
+
+    def start():
+        torch.set_num_threads(1)
+        log_all_to(log)
+        sys.exit(command())
+
+    handler = signal.signal(INT, signal.SIG_DFL)  # as harness.start has it
+    process = FORK.Process(target=start)
+    process.start()
+    signal.signal(INT, handler)
+    process.join(after)
+    for pause in (0, 0.01, 0):
+        if process.is_alive():
+            os.kill(process.pid, INT)
+            time.sleep(pause)
+    process.join(120)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("n", [4, pytest.param(60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("job", ["evaluate", "synthesize", "average", "check_data", "report", "metrics", "convert"])
+def test_interrupts_end_every_job_in_one_word(trained, tmp_path, job, n):
+    path, folder = trained
+    jobs = {
+        "evaluate": lambda: train.main(["-c", path, "--evaluate"]),
+        "synthesize": lambda: train.main(["-c", path, "--synthesize", "--output", str(tmp_path / "heard")]),
+        "average": lambda: train.main(["-c", path, "-a", "2", "--evaluate"]),
+        "check_data": lambda: train.main(["-c", path, "--check_data"]),
+        "report": lambda: train.main(["-c", path, "--report", "--output", str(tmp_path / "page.html")]),
+        "metrics": lambda: train.main(["-c", path, "--evaluate", "--metrics"]),
+        "convert": lambda: files.main(["convert", str(folder / "waveflow_8"), str(tmp_path / "weights.safetensors")]),
+    }
+    log, began = tmp_path / "log.txt", time.monotonic()
+    assert storm_of_interrupts(jobs[job], log, 120) == 0, log.read_text()
+    whole = time.monotonic() - began
+    statuses = set()
+    for instant in range(n):
+        log.write_text("")
+        (tmp_path / "weights.safetensors").unlink(missing_ok=True)
+        status = storm_of_interrupts(jobs[job], log, whole * instant / n)
+        said = log.read_text()
+        assert status in (0, 130, -INT) and "Traceback" not in said and "refused" not in said, said
+        assert status != 130 or said.splitlines()[-1] == "interrupted"
+        statuses.add(status)
+    assert statuses & {130, -INT}
