@@ -14,7 +14,7 @@ from harness import terminal
 from harness.errors import InputError
 from training.expected import CURVES, Corpus, write_curve
 
-SETTING = Setting("demo", cosine=False)  # configs/demo.json as it is
+SETTING = Setting("demo", ("train_config.fp16_run=false",), cosine=False)  # configs/demo.json as it is
 
 
 def run_curve(data: Path, seeds: int, steps: int, work: Path) -> None:

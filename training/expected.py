@@ -26,6 +26,7 @@ TRAIN_KEYS = (
     "warmup_steps",
     "sigma",
     "trained_parts",
+    "crop_context",
 )
 NEGATIVE_IS_RIGHT = (
     "losses are negative log-likelihoods in nats per sample: below zero is right for audio, and lower is better"

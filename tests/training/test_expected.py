@@ -53,6 +53,14 @@ def test_another_config_or_corpus_has_no_curve(measured, config):
     assert expected_curve(loaded, [1005, 2010], folder) is not None  # half a percent longer
 
 
+def test_a_crop_context_changes_the_loss_and_so_the_curve(config, tmp_path):
+    plain = load_config(config(waveflow_config__linear_prediction=6))
+    write_curve(tmp_path / "curve-tones.csv", plain, Corpus.of("tones", LENGTHS), [[1.0] * 50], "command")
+    assert expected_curve(plain, LENGTHS, tmp_path) is not None
+    context = load_config(config(waveflow_config__linear_prediction=6, train_config__crop_context=256))
+    assert expected_curve(context, LENGTHS, tmp_path) is None
+
+
 def test_train_says_once_that_negative_losses_are_right_and_how_the_run_stands(config, tmp_path, monkeypatch, capsys):
     path = config(train_config__iters_per_checkpoint=2)
     loaded = load_config(path)
