@@ -89,8 +89,8 @@ class FlowVocoder(nn.Module):
     def forward(self, audio: Tensor, mel: Tensor, context: int = 0) -> tuple[Tensor, Tensor]:
         """The change of variables of WaveFlow, eq. 2: z [B, 1, h, T/h] and log|det dz/dx| [B].
 
-        context: samples at the start, a multiple of h, that are given: only linear prediction hears them, and z is
-        that of the rest.
+        context: samples at the start, a multiple of h, that are given: only linear prediction hears them, and z
+        [B, 1, h, (T - context)/h] is that of the rest.
         """
         if audio.dim() != 2 or len(audio) != len(mel):
             raise InputError(
@@ -99,7 +99,9 @@ class FlowVocoder(nn.Module):
             )
         with self.execution.products(audio):
             conditioning, log_det = self.condition(mel, audio.size(1), context), audio.new_zeros(len(audio))
-            if self.linear_prediction is not None:
+            if self.linear_prediction is None:
+                audio = audio[:, context:]
+            else:
                 audio, log_det = self.linear_prediction(audio, mel, context)
             x, flows = squeeze(audio.unsqueeze(1), self.config.n_height), self.flows()
             fast = None if self.execution.plain else FastFlows(flows, self.execution)
@@ -154,7 +156,10 @@ class FlowVocoder(nn.Module):
         ]
 
     def condition(self, mel: Tensor, n_samples: int, start: int = 0) -> Tensor:
-        """Upsample, cut to samples from start to n_samples and squeeze: mel [B, M, F] -> [B, M, h, W]."""
+        """Upsample, cut to samples from start to n_samples and squeeze: mel [B, M, F] -> [B, M, h, W].
+
+        W = (n_samples - start) / h.
+        """
         self._check_mel(mel)
         upsampled = self.upsampler(mel)
         if upsampled.size(2) < n_samples:

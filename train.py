@@ -77,35 +77,49 @@ class Training:
 
 def train(config: Config, device: torch.device, start: Start, how: Training) -> int:
     """Train until `epochs`, --max_iterations, --max_hours or a signal; returns the exit status."""
-    tell_of_a_long_list(config.data_config)
-    with StopRequest(how.max_hours) as stop, held_by_main(locked_run(config.run_folder)):
-        checkpoint = on_main(lambda: _begin_from(config, start, how.warm_start))
-        trainer = Trainer(config, device, config.run_folder, checkpoint, warm=how.warm_start)
-        last = config.train_config.epochs * trainer.loader.batch_sampler.batches_per_epoch
-        last = min(last, how.max_iterations or last)
-        test_files = read_test_files(config.data_config)
-        _warn(overlap_warning(trainer.loader.dataset.files, test_files), slow_half_warning(config.train_config, device))
-        mels, segment = read_paired_mels(config.data_config.test_lists), config.data_config.segment_length
-        test_clips = ClipDataset(share(test_files), config.data_config, max_length=segment, mels=mels)
-        if trimmed := trainer.loader.dataset.trimmed:
-            terminal.tell(f"{trimmed} mels are a frame longer or shorter than their clips; that frame is left out")
-        if trainer.iteration >= last:
-            terminal.say(
-                f"already at iteration {trainer.iteration}; there is nothing to train up to iteration {last} "
-                f"({config.train_config.epochs} epochs of this corpus, or --max_iterations); --warm_start counts anew"
-            )
-            return 0
-        load_synthesis_entry(test_files[0], config.data_config, test_clips.mel)  # each checkpoint's sample needs it
-        _record_and_say(trainer, last)
-        saved = train_until(last, trainer, test_clips, stop)
-    return stop.exit_status(saved, finished=trainer.iteration >= last, resume="go on with --resume latest")
+    with StopRequest(how.max_hours) as stop:
+        tell_of_a_long_list(config.data_config)
+        with held_by_main(locked_run(config.run_folder)):
+            checkpoint = on_main(lambda: _begin_from(config, start, how.warm_start))
+            trainer = Trainer(config, device, config.run_folder, checkpoint, warm=how.warm_start)
+            last = config.train_config.epochs * trainer.loader.batch_sampler.batches_per_epoch
+            last = min(last, how.max_iterations or last)
+            if trainer.iteration >= last:
+                epochs = f"{config.train_config.epochs} epochs of this corpus"
+                terminal.say(
+                    f"already at iteration {trainer.iteration}; there is nothing to train up to iteration {last} "
+                    f"({epochs}, or --max_iterations); --warm_start counts anew"
+                )
+                saved = True
+            else:
+                saved = train_until(last, trainer, _test_clips(trainer, last), stop)
+        resume = "go on with --resume latest"
+        if not ckpt.list_checkpoints(config.run_folder):
+            resume = "nothing was saved yet: start it again as before"
+        return stop.exit_status(saved, finished=trainer.iteration >= last, resume=resume)
+
+
+def _test_clips(trainer: Trainer, last: int) -> ClipDataset:
+    """This process's share of the clips of each evaluation; says what is about to be trained."""
+    config = trainer.config
+    test_files = read_test_files(config.data_config)
+    overlap = overlap_warning(trainer.loader.dataset.files, test_files)
+    _warn(overlap, slow_half_warning(config.train_config, trainer.device))
+    mels, segment = read_paired_mels(config.data_config.test_lists), config.data_config.segment_length
+    test_clips = ClipDataset(share(test_files), config.data_config, max_length=segment, mels=mels)
+    if trimmed := trainer.loader.dataset.trimmed:
+        terminal.tell(f"{trimmed} mels are a frame longer or shorter than their clips; that frame is left out")
+    load_synthesis_entry(test_files[0], config.data_config, test_clips.mel)  # each checkpoint's sample needs it
+    _record_and_say(trainer, last)
+    return test_clips
 
 
 def check_data(config: Config) -> int:
     """Look at every clip of both lists; exit status 1 where a run would fail or learn the wrong thing."""
     training_files, test_files = read_file_list(config.data_config.training_files), read_test_files(config.data_config)
-    lists = [config.data_config.training_files, *config.data_config.test_lists]
-    clips = on_main(lambda: inspect_corpus(training_files, test_files, config.data_config, read_texts(lists)))
+    data, context = config.data_config, config.train_config.crop_context
+    lists = [data.training_files, *data.test_lists]
+    clips = on_main(lambda: inspect_corpus(training_files, test_files, data, read_texts(lists), context))
     path = config.run_folder / "data_check.csv"
     on_main(lambda: write_report(path, clips))
     terminal.say(f"{report_text(clips)}\nevery clip: {path}")

@@ -1,8 +1,6 @@
 """The peak memory of a piece of work, measured in a fresh process of its own: nothing of what ran before is in it."""
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 
 from harness.devices import resident_memory
 from harness.errors import InputError
+from harness.pools import process_pool
 
 
 def peak_memory(device: torch.device, work: Callable[..., Any], *arguments: Any) -> int:
@@ -20,7 +19,7 @@ def peak_memory(device: torch.device, work: Callable[..., Any], *arguments: Any)
     held before the call, which is Python with its libraries; what these load when they are first used is counted, some
     80 MB in all. 0 where the system does not tell. Raises InputError where the process does not live to tell.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool(1, "spawn") as pool:
         try:
             return pool.submit(_measure, device, work, arguments).result()
         except BrokenProcessPool:

@@ -66,17 +66,19 @@ def inspect_corpus(
     test_files: Sequence[str],
     data_config: DataConfig,
     texts: Mapping[str, str] | None = None,
+    crop_context: int = 0,
 ) -> list[ClipReport]:
     """A report per entry of the two lists, in order, duplicates between and within them included.
 
-    texts: transcripts by file, of those that have one. A few clips are looked at at once.
+    texts: transcripts by file, of those that have one. crop_context: `train_config.crop_context`. A few clips are
+    looked at at once.
     """
     clips = [ClipReport(file, "train") for file in training_files] + [ClipReport(file, "test") for file in test_files]
 
     def inspect(clip: ClipReport) -> None:
         try:
             _measure(clip, data_config.sampling_rate)
-            _judge(clip, data_config)
+            _judge(clip, data_config, crop_context)
         except (InputError, OSError) as error:
             clip.errors.append(str(error).removeprefix(f"{clip.file}: "))
 
@@ -149,16 +151,18 @@ class _LongestRun:
         return self._total + (self._open if self._open >= self.at_least else 0)
 
 
-def _judge(clip: ClipReport, config: DataConfig) -> None:
+def _judge(clip: ClipReport, config: DataConfig, context: int) -> None:
     seconds = clip.longest_constant / config.sampling_rate
     shortest = -(-shortest_audio(config) // config.hop_length) * config.hop_length
     if clip.list == "test" and clip.samples < shortest:
         clip.errors.append(f"too short: {clip.samples} samples, at least {shortest} are needed")
+    elif clip.list == "train" and clip.samples <= context:
+        clip.errors.append(f"too short: {clip.samples} samples, and the first {context} of a crop are only its past")
     elif clip.list == "train" and clip.samples < config.segment_length:
         clip.warnings.append(f"short: {clip.samples} samples, its crops end in zeros up to {config.segment_length}")
     if clip.longest_constant == clip.samples:
         clip.errors.append("silent: every sample is the same")
-    elif clip.longest_constant >= config.segment_length:
+    elif clip.longest_constant >= config.segment_length - context:
         clip.errors.append(f"{seconds:.2f} s of digital silence in a row, so that a whole crop can be silent")
     elif clip.longest_constant >= config.filter_length:
         clip.warnings.append(f"{seconds:.2f} s of digital silence in a row")

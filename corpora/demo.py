@@ -3,7 +3,6 @@
 import ctypes
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from corpora.lists import FileLists, write_lists
 from harness import terminal
 from harness.errors import InputError
 from harness.files import written_whole
+from harness.pools import process_pool
 
 SAMPLING_RATE = 22_050  # Hz, what espeak-ng speaks at
 SENTENCES = Path(__file__).parents[1] / "configs" / "demo_sentences.txt"
@@ -59,7 +59,7 @@ def _is_finished(folder: Path, metadata: str, clips: Sequence[str]) -> bool:
 
 def _speak_clips(text: Sequence[str], clips: Sequence[str]) -> None:
     # In a process of its own: the C library gives the same samples again only from its first initialisation on.
-    with ProcessPoolExecutor(1) as pool:
+    with process_pool(1) as pool:
         try:
             spoken = pool.submit(speak, text).result()
         except BrokenProcessPool:

@@ -130,14 +130,15 @@ def _convert_all(sources: Sequence[Source], folder: Path, config: Config, how: P
 
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            results = pool.map(convert, sources)
-            for take in terminal.bar(results, "prepare", len(sources), unit="take"):
-                if known.get(take.path) is not take:
-                    notes.write(json.dumps(asdict(take)) + "\n")
-                yield take
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
+            try:
+                results = pool.map(convert, sources)
+                for take in terminal.bar(results, "prepare", len(sources), unit="take"):
+                    if known.get(take.path) is not take:
+                        notes.write(json.dumps(asdict(take)) + "\n")
+                    yield take
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
         notes.close()
 

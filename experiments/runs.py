@@ -10,9 +10,8 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, fields
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from harness.checkpoints import random_state, read_torch_file, restore_random_st
 from harness.devices import fast_bfloat16
 from harness.errors import InputError
 from harness.files import written_whole
+from harness.pools import process_pool
 from training.optimisation import MovingAverage, rate_factor
 from training.precision import make_precision
 
@@ -174,13 +174,9 @@ def _results(runs: Sequence[Run], work: Path, jobs: int) -> Iterator[Result]:
         yield from (run_one(run, work) for run in runs)
         return
     threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        try:
-            for future in as_completed([pool.submit(run_one, run, work) for run in runs]):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what they have done is in their checkpoints
-            raise
+    with process_pool(jobs, "spawn", torch.set_num_threads, (threads,)) as pool:  # what they did is in checkpoints
+        for future in as_completed([pool.submit(run_one, run, work) for run in runs]):
+            yield future.result()
 
 
 def run_one(run: Run, work: Path = WORK) -> Result:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.errors import InputError
+from harness.pools import signals_left_to_this_process
 from harness.stopping import leave_signals_to_the_main_process, worker_deaths_named
 
 _ORDER = 0  # a purpose of random numbers; datasets have others
@@ -110,7 +111,9 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         try:
             with worker_deaths_named(self._worker_died):
-                yield from super().__iter__()
+                with signals_left_to_this_process():
+                    batches = super().__iter__()
+                yield from batches
         except InputError as error:
             error.__traceback__ = None  # a cycle through the frames that hold the workers; they would linger
             raise InputError(error.full.rstrip().rpartition("InputError: ")[-1]) from None

@@ -16,6 +16,7 @@ import torch
 
 from harness import terminal
 from harness.errors import InputError, reason
+from harness.pools import end_children
 
 INTERRUPTED = 130  # the status that shells give to a process which ended by SIGINT
 SAME_INTERRUPT = 0.25  # seconds: torchrun hands a terminal's Ctrl-C on to processes that have had it already
@@ -31,17 +32,24 @@ def exit_status(
     errors and results are said.
     """
     report = report or terminal.error
-    with terminal.ready(quiet), _threads_of_libraries(), _Interrupt():
+    with terminal.ready(quiet), _threads_of_libraries(), _Interrupt() as interrupt:
+        status, ended = 0, False
         try:
-            return job() or 0
+            try:
+                interrupt.held = False
+                safe_point()
+                status = job() or 0
+            except Exception as error:
+                if not _interrupted():  # else it is what some library made of that
+                    report(_in_one_line(error))
+                    status = 1
+            interrupt.held = True
         except KeyboardInterrupt:
-            pass
-        except Exception as error:
-            if not _interrupted():  # else it is what some library made of that
-                report(_in_one_line(error))
-                return 1
-        terminal.note("interrupted")
-        return INTERRUPTED
+            ended = True
+        if ended or _interrupted():
+            terminal.note("interrupted")
+            return INTERRUPTED
+        return status
 
 
 def _in_one_line(error: Exception) -> InputError:
@@ -58,25 +66,31 @@ def _in_one_line(error: Exception) -> InputError:
 
 
 def leave(status: int) -> NoReturn:
-    """Exit with a status for the shell; Ctrl-C no longer interrupts what Python then puts away."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Exit with a status for the shell; Ctrl-C while Python puts its things away ends that without a traceback."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(status))
     sys.exit(status)
 
 
 @contextmanager
 def _threads_of_libraries() -> Iterator[None]:
-    """Leave the OSErrors of other threads, such as TensorBoard's, to those who hear of them in the main one."""
-    before = threading.excepthook
+    """Leave the OSErrors of other threads, such as TensorBoard's, to those who hear of them in the main one; and a
+    Ctrl-C that reached the callback of a library, which nothing can leave, to the next who asks.
+    """
+    before, callbacks = threading.excepthook, sys.unraisablehook
 
     def hook(what: "threading.ExceptHookArgs") -> None:
         if not issubclass(what.exc_type, OSError):
             before(what)
 
-    threading.excepthook = hook
+    def unraisable(what: "sys.UnraisableHookArgs") -> None:
+        if not (what.exc_type is KeyboardInterrupt and _interrupted()):
+            callbacks(what)
+
+    threading.excepthook, sys.unraisablehook = hook, unraisable
     try:
         yield
     finally:
-        threading.excepthook = before
+        threading.excepthook, sys.unraisablehook = before, callbacks
 
 
 class _Stopped(Exception):
@@ -92,15 +106,16 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self.at = math.inf  # time of the first
-        self.held = False  # by `uninterrupted`
+        self.held = True  # no exception now: before and after the job, and by `uninterrupted`
         self._process = os.getpid()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_Interrupt":
         global _interrupt
         # Only where nobody else takes it: not within another command, in a thread, or where a shell has it ignored.
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
             self._before, _interrupt = signal.signal(signal.SIGINT, self._note), self
+        return self
 
     def __exit__(self, *_: object) -> None:
         global _interrupt
@@ -130,7 +145,8 @@ _stoppable: "StopRequest | None" = None  # whose `unless_stopped` is under way
 def safe_point() -> None:
     """A place between two parts of a longer work, where a signal that came meanwhile may end it.
 
-    Under a StopRequest only what is done by its `unless_stopped`. What must be put back belongs in a `finally`.
+    Under a StopRequest it ends what is done by its `unless_stopped`, and nothing else; elsewhere an interrupt that got
+    lost is KeyboardInterrupt here. What must be put back belongs in a `finally`.
     """
     if _stoppable is not None and _stoppable.signal is not None:
         raise _Stopped
@@ -140,7 +156,10 @@ def safe_point() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Context of code that no exception may enter, as what numba compiled: Ctrl-C is dealt with after it."""
+    """Context of code that no exception may enter, as what numba compiled: Ctrl-C is dealt with after it.
+
+    A second one ends the process all the same.
+    """
     if _interrupt is not None:
         _interrupt.held = True
     try:
@@ -227,9 +246,7 @@ class StopRequest:
 
 def _end_now() -> None:
     """End this process and those that load its data, from within a signal handler: nothing else of ours runs."""
-    for child in multiprocessing.active_children():
-        with suppress(OSError):
-            os.kill(child.pid, signal.SIGKILL)
+    end_children()
     with suppress(OSError):
         os.write(2, b"\ninterrupted\n")
     os._exit(INTERRUPTED)
@@ -243,6 +260,8 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where workers end at any SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_at_the_parents_word, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _end_at_the_parents_word() -> None:

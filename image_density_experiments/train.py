@@ -32,7 +32,7 @@ from image_density_experiments import checkpoint as ckpt
 from image_density_experiments import jobs
 from image_density_experiments.loop import train_until
 from image_density_experiments.model import count_parameters
-from image_density_experiments.options import Options, read_options
+from image_density_experiments.options import DataOptions, Options, read_options
 from image_density_experiments.runs import (
     check_same_images,
     data_options,
@@ -53,38 +53,43 @@ RUN_FILES = (
 
 
 def train(options: Options, device: torch.device) -> int:
-    """Train to the last epoch or --max_iterations; returns the exit status."""
+    """Train to the last epoch, --max_iterations or a signal; returns the exit status."""
     folder = options.output_dir
     start = on_main(lambda: starting_point(options.saved_model, options.saved_optimizer))
     on_main(lambda: _refuse_foreign_folder(options))
     how, which = train_options(options, start), data_options(options, start)
     data = read_images(which, options.download)
     check_same_images(start, which, data, training=True)
-    with StopRequest() as stop, held_by_main(locked_run(folder)):
-        if options.fresh:
-            on_main(lambda: clear(folder, RUN_FILES))
-        torch.manual_seed(how.seed)
-        sizes = model_config(start, options.model, data, which.dataset)
-        check_memory(sizes, how, options.memory, device)
-        model = make_model(start, sizes).to(device)
-        model.memory = options.memory
-        if start is not None:
-            terminal.tell(f"weights: {start}")
-        about_data = data_record(which, data)
-        trainer = Trainer(model, data, how, folder, start, {"data": about_data})
-        last = min(how.epochs * trainer.batches_per_epoch, options.max_iterations or sys.maxsize)
-        record = {**model.config.to_dict(), **how.to_dict(), **about_data}
-        on_main(lambda: record_start(folder, record, processes=world_size()))
-        terminal.tell(
-            f"{model.config.model_type}: {count_parameters(model):,} parameters, {name_of(which)}: "
-            f"{len(data.train.images)} training and {len(data.test.images)} test images, iterations "
-            f"{trainer.iteration} to {last} on {device}, files in {folder}"
-        )
-        if trainer.iteration >= last:
-            terminal.say(f"already at iteration {trainer.iteration}; raise --epochs or --max_iterations to go on")
-        saved = train_until(last, trainer, options.temperatures, stop)
-    resume = f"go on with --saved_model {folder}" if ckpt.list_checkpoints(folder) else "nothing was trained yet"
-    return stop.exit_status(saved, finished=trainer.iteration >= last, resume=resume)
+    with StopRequest() as stop:
+        with held_by_main(locked_run(folder)):
+            if options.fresh:
+                on_main(lambda: clear(folder, RUN_FILES))
+            torch.manual_seed(how.seed)
+            sizes = model_config(start, options.model, data, which.dataset)
+            check_memory(sizes, how, options.memory, device)
+            model = make_model(start, sizes).to(device)
+            model.memory = options.memory
+            if start is not None:
+                terminal.tell(f"weights: {start}")
+            trainer = Trainer(model, data, how, folder, start, {"data": data_record(which, data)})
+            last = min(how.epochs * trainer.batches_per_epoch, options.max_iterations or sys.maxsize)
+            _record_and_say(trainer, which, last)
+            saved = train_until(last, trainer, options.temperatures, stop)
+        resume = f"go on with --saved_model {folder}" if ckpt.list_checkpoints(folder) else "nothing was saved yet"
+        return stop.exit_status(saved, finished=trainer.iteration >= last, resume=resume)
+
+
+def _record_and_say(trainer: Trainer, which: DataOptions, last: int) -> None:
+    config, data, folder = trainer.model.config, trainer.data, trainer.folder
+    record = {**config.to_dict(), **trainer.options.to_dict(), **trainer.entries["data"]}
+    on_main(lambda: record_start(folder, record, processes=world_size()))
+    terminal.tell(
+        f"{config.model_type}: {count_parameters(trainer.model):,} parameters, {name_of(which)}: "
+        f"{len(data.train.images)} training and {len(data.test.images)} test images, iterations "
+        f"{trainer.iteration} to {last} on {trainer.device}, files in {folder}"
+    )
+    if trainer.iteration >= last:
+        terminal.say(f"already at iteration {trainer.iteration}; raise --epochs or --max_iterations to go on")
 
 
 def _refuse_foreign_folder(options: Options) -> None:

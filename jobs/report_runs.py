@@ -17,6 +17,7 @@ from evaluation.run_tables import Curves, Evaluation, read_curves, read_evaluati
 from harness.errors import InputError, one_line, reason
 from harness.files import RefusedFile, read_text
 from harness.folder import CONFIG_NAME, RECORD_NAME
+from harness.stopping import safe_point
 from training.expected import Corpus, Curve, curve_on
 from training.loop import COLUMNS, LIKELIHOOD_FILE
 from vocoder import config_of, find_checkpoint
@@ -55,8 +56,10 @@ class Run:
         try:
             return read()
         except OSError as error:
+            safe_point()  # an interrupt can look like a damaged file
             self.note(f"{what}: {error.strerror or reason(error)}")
         except ValueError as error:  # InputError and RefusedFile too
+            safe_point()
             self.note(f"{what}: {reason(error)}")
         except (RuntimeError, MemoryError) as error:
             if not (isinstance(error, MemoryError) or "memory" in str(error)):

@@ -18,7 +18,7 @@ from harness.errors import InputError
 from harness.files import written_whole
 from harness.folder import record_more
 from harness.processes import gather, is_main, share
-from harness.stopping import safe_point
+from harness.stopping import safe_point, uninterrupted
 from jobs.inputs import check_input, find_inputs, read_recording
 from vocoder import PLAIN, Clip, Finish, Sound, Vocoder
 
@@ -133,7 +133,8 @@ def encoded(audio: Tensor, sampling_rate: int, kind: str) -> bytes:
     """Audio [T] as the bytes of a 16-bit file."""
     scaled = (audio * INT16_SCALE).round().clamp(-INT16_SCALE, INT16_SCALE - 1).short()
     content = io.BytesIO()
-    soundfile.write(content, scaled.numpy(), sampling_rate, format=kind.upper(), subtype="PCM_16")
+    with uninterrupted():  # libsndfile calls back to write into memory, and an exception there would cost samples
+        soundfile.write(content, scaled.numpy(), sampling_rate, format=kind.upper(), subtype="PCM_16")
     return content.getvalue()
 
 

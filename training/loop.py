@@ -60,7 +60,7 @@ class VocoderLoop(Loop):
         self.losses: dict[int, float] = {}  # by iteration, of this start
         self.recorded = False  # whether the kernels of the samples are
         self.credible = True  # whether no likelihood so far was beyond that
-        self.samples_per_step = train.batch_size * trainer.config.data_config.segment_length
+        self.samples_per_step = train.batch_size * (trainer.config.data_config.segment_length - train.crop_context)
 
     def begin(self) -> None:
         """Meaning of losses, and those to be expected; likelihood and flows of fresh weights."""

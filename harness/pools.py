@@ -1,0 +1,53 @@
+"""Processes that work for this one: they leave Ctrl-C to it, and end when it does not wait for them."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from typing import Any
+
+
+@contextmanager
+def signals_left_to_this_process() -> Iterator[None]:
+    """Context in which processes are begun that SIGINT and SIGTERM, of a terminal or a queue, do not reach.
+
+    They are blocked, which processes inherit, and come to this one behind the context. A worker that is to end by
+    SIGTERM unblocks it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # or its start, within that of a process, would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def process_pool(
+    n: int, method: str | None = None, initializer: Callable[..., Any] | None = None, arguments: tuple[Any, ...] = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """Context of a pool of n processes, by a start method that starts them all at once or one. By an exception they
+    are killed, whatever they are at.
+    """
+    with ProcessPoolExecutor(n, multiprocessing.get_context(method), initializer, arguments) as pool:
+        try:
+            with signals_left_to_this_process():
+                pool.submit(int)  # starts them
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_children()
+            raise
+
+
+def end_children() -> None:
+    """Kill the processes that `multiprocessing` began for this one."""
+    for child in multiprocessing.active_children():
+        with suppress(OSError):
+            os.kill(child.pid, signal.SIGKILL)

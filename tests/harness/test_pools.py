@@ -1,0 +1,71 @@
+"""pools.py: processes that work for another leave Ctrl-C to it, and end with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from harness.pools import process_pool, signals_left_to_this_process
+from tests.support.experiments import ROOT
+
+COMMAND = """
+import multiprocessing, os, sys, time
+import torch
+from harness.pools import process_pool
+from harness.stopping import exit_status
+
+def job():
+    with process_pool(2 if {method!r} == "spawn" else 1, {method!r}) as pool:
+        tasks = [pool.submit(time.sleep, 600) for _ in range(2)]
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        [task.result() for task in tasks]
+
+if __name__ == "__main__":
+    sys.exit(exit_status(job))
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_ctrl_c_at_a_terminal_ends_a_pool_in_one_word(tmp_path, method, seconds):
+    """It reaches all processes of the terminal; while those of the pool begin, too."""
+    (tmp_path / "command.py").write_text(COMMAND.format(method=method))
+    process = subprocess.Popen([sys.executable, tmp_path / "command.py"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    children = [int(number) for number in process.stdout.readline().split()]
+    assert children
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "interrupted\n"
+    assert not any(os.path.exists(f"/proc/{number}") for number in children)
+
+
+def test_a_pool_gives_results_and_an_exception_does_not_wait_for_it():
+    with process_pool(1) as pool:
+        assert list(pool.map(abs, [-1, 2])) == [1, 2]
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError), process_pool(1) as pool:
+        pool.submit(time.sleep, 600)
+        raise ZeroDivisionError
+    assert time.monotonic() - began < 60
+
+
+def test_signals_come_behind_the_context_and_not_to_those_begun_in_it():
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        with signals_left_to_this_process():
+            child = os.fork()
+            if child == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+                os._exit(0 if not heard else 1)
+            os.kill(os.getpid(), signal.SIGINT)  # libraries' threads may hear it at once
+        assert heard == [signal.SIGINT]
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
