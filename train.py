@@ -92,15 +92,17 @@ def train(config: Config, device: torch.device, start: Start, how: Training) -> 
                 )
                 saved = True
             else:
-                saved = train_until(last, trainer, _test_clips(trainer, last), stop)
+                test_clips = _test_clips(trainer)
+                _record_and_say(trainer, last)
+                saved = train_until(last, trainer, test_clips, stop)
         resume = "go on with --resume latest"
         if not ckpt.list_checkpoints(config.run_folder):
             resume = "nothing was saved yet: start it again as before"
         return stop.exit_status(saved, finished=trainer.iteration >= last, resume=resume)
 
 
-def _test_clips(trainer: Trainer, last: int) -> ClipDataset:
-    """This process's share of the clips of each evaluation; says what is about to be trained."""
+def _test_clips(trainer: Trainer) -> ClipDataset:
+    """This process's share of the clips of each evaluation; says what is odd about the lists."""
     config = trainer.config
     test_files = read_test_files(config.data_config)
     overlap = overlap_warning(trainer.loader.dataset.files, test_files)
@@ -110,7 +112,6 @@ def _test_clips(trainer: Trainer, last: int) -> ClipDataset:
     if trimmed := trainer.loader.dataset.trimmed:
         terminal.tell(f"{trimmed} mels are a frame longer or shorter than their clips; that frame is left out")
     load_synthesis_entry(test_files[0], config.data_config, test_clips.mel)  # each checkpoint's sample needs it
-    _record_and_say(trainer, last)
     return test_clips
 
 
