@@ -1,4 +1,8 @@
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell that began the tests in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["OMP_NUM_THREADS"] = "1"  # processes compare bits, and a process may fork: both want a single thread
 
