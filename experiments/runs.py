@@ -74,9 +74,14 @@ class Run:
     @property
     def folder(self) -> str:
         """Name of its folder among the runs under way."""
-        digest = hashlib.sha256(self.setting.text.encode()).hexdigest()[:8]
+        digest = hashlib.sha256(f"{self.setting.text} {self.precision}".encode()).hexdigest()[:8]
         name = re.sub(r"\W+", "-", self.setting.name)
         return f"{name}-{self.data.name}-{self.steps}-seed{self.seed}-{digest}"
+
+    @property
+    def precision(self) -> str:
+        """Precision of training on this machine."""
+        return "bfloat16" if self.config().train_config.fp16_run else "float32"
 
     def config(self) -> Config:
         """Its config: that of the demo on this corpus, with the overrides; half precision where this CPU has products.
@@ -199,7 +204,7 @@ def _result(run: Run, config: Config, training: "Training", scores: Scores) -> R
         train_loss=sum(last) / len(last),
         seconds=training.seconds,
         cpu_seconds=training.cpu_seconds,
-        precision="bfloat16" if config.train_config.fp16_run else "float32",
+        precision=run.precision,
         settings=run.setting.text,
         **asdict(scores),
     )

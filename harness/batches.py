@@ -4,6 +4,7 @@ Every random choice comes from a generator seeded by (purpose, seed, epoch, ...)
 """
 
 import itertools
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -111,7 +112,7 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         try:
             with worker_deaths_named(self._worker_died):
-                with signals_left_to_this_process():
+                with signals_left_to_this_process(signal.SIGINT, signal.SIGTERM):
                     batches = super().__iter__()
                 yield from batches
         except InputError as error:

@@ -11,17 +11,16 @@ from typing import Any
 
 
 @contextmanager
-def signals_left_to_this_process() -> Iterator[None]:
-    """Context in which processes are begun that SIGINT and SIGTERM, of a terminal or a queue, do not reach.
+def signals_left_to_this_process(*numbers: int) -> Iterator[None]:
+    """Context in which processes are begun that these signals, of a terminal or a queue, do not reach.
 
-    They are blocked, which processes inherit, and come to this one behind the context. A worker that is to end by
-    SIGTERM unblocks it.
+    They are blocked, which processes inherit, and come to this one behind the context.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     resource_tracker.ensure_running()  # or its start, within that of a process, would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -32,12 +31,12 @@ def signals_left_to_this_process() -> Iterator[None]:
 def process_pool(
     n: int, method: str | None = None, initializer: Callable[..., Any] | None = None, arguments: tuple[Any, ...] = ()
 ) -> Iterator[ProcessPoolExecutor]:
-    """Context of a pool of n processes, by a start method that starts them all at once or one. By an exception they
-    are killed, whatever they are at.
+    """Context of a pool of n processes, by a start method that starts them all at once or one. They leave Ctrl-C to
+    this one, and SIGTERM ends them; by an exception they are killed, whatever they are at.
     """
     with ProcessPoolExecutor(n, multiprocessing.get_context(method), initializer, arguments) as pool:
         try:
-            with signals_left_to_this_process():
+            with signals_left_to_this_process(signal.SIGINT):
                 pool.submit(int)  # starts them
             yield pool
         except BaseException:

@@ -160,13 +160,14 @@ def uninterrupted() -> Iterator[None]:
 
     A second one ends the process all the same.
     """
-    if _interrupt is not None:
-        _interrupt.held = True
+    if _interrupt is None:
+        yield
+        return
+    before, _interrupt.held = _interrupt.held, True
     try:
         yield
     finally:
-        if _interrupt is not None:
-            _interrupt.held = False
+        _interrupt.held = before
     safe_point()
 
 

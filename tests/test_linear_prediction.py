@@ -16,7 +16,7 @@ from fast.estimators import Execution
 from harness.errors import InputError
 from linear_prediction import PEAK_LIMIT, LinearPrediction, levinson
 from model import build_model
-from modules import FlowLoss
+from modules import FlowLoss, squeeze
 from tests.support.experiments import fails, run
 from tests.support.vocoders import random_vocoder, small_config
 from training.trainer import Trainer
@@ -311,6 +311,18 @@ def test_given_a_context_the_likelihood_is_that_of_the_rest(n_height, context):
     torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian).logabsdet, rtol=1e-9, atol=1e-9)
     model.execution = Execution(plain=True)
     torch.testing.assert_close(model(audio, mel, context), (z, log_det), rtol=1e-9, atol=1e-9)
+
+
+def test_without_linear_prediction_a_context_is_cut_off():
+    model = random_vocoder(n_layer=2)
+    audio, mel = torch.rand(2, 1024) - 0.5, torch.randn(2, 80, 5)
+    z, log_det = model(audio, mel, 504)
+    x = squeeze(audio[:, None, 504:], 8)
+    conditioning, expected = model.condition(mel, 1024)[..., 504 // 8 :], 0
+    for flow in model.flows():
+        x, change = flow.forward(x, conditioning)
+        expected = expected + change
+    torch.testing.assert_close((z, log_det), (x, expected), rtol=1e-4, atol=1e-4)
 
 
 def test_after_a_context_the_flows_are_conditioned_on_the_frames_they_stand_at():

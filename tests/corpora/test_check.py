@@ -21,12 +21,12 @@ def noise(length, seed=0):
     return torch.randn(length, generator=torch.Generator().manual_seed(seed)).mul(0.1).clamp(-0.9, 0.9)
 
 
-def found(folder, audio, list_name="train", rate=RATE):
+def found(folder, audio, list_name="train", rate=RATE, context=0):
     """The report on one clip beside a good one of the other list."""
     write_wav(folder / "clip.wav", audio, rate)
     write_wav(folder / "good.wav", noise(6_000, seed=99), RATE)
     lists = [[str(folder / "clip.wav")], [str(folder / "good.wav")]]
-    clips = inspect_corpus(*(lists if list_name == "train" else lists[::-1]), DATA)
+    clips = inspect_corpus(*(lists if list_name == "train" else lists[::-1]), DATA, crop_context=context)
     [clip], [good] = ([clip for clip in clips if clip.file.endswith(name)] for name in ("clip.wav", "good.wav"))
     assert good.severity == "ok"
     return clip
@@ -49,6 +49,19 @@ def test_silence_within_a_clip_is_judged_by_its_length(tmp_path, length, severit
     audio[3_000 : 3_000 + length] = 0
     clip = found(tmp_path, audio)
     assert (clip.severity, clip.longest_constant) == (severity, length)
+
+
+@pytest.mark.parametrize(("context", "severity"), [(0, "warning"), (512, "warning"), (768, "error")])
+def test_what_a_crops_context_leaves_of_it_may_not_be_silent(tmp_path, context, severity):
+    audio = noise(9_000)
+    audio[3_000:4_500] = 0  # of 2,048 samples of a crop
+    assert found(tmp_path, audio, context=context).severity == severity
+
+
+def test_a_clip_of_nothing_but_context_is_an_error(tmp_path):
+    assert found(tmp_path, noise(700), context=512).severity == "warning"
+    clip = found(tmp_path, noise(700), context=768)
+    assert clip.errors == ["too short: 700 samples, and the first 768 of a crop are only its past"]
 
 
 def test_clipping_is_counted_but_not_single_peaks(tmp_path):

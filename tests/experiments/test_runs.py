@@ -182,5 +182,8 @@ def test_half_precision_is_the_machines_and_no_part_of_a_setting(data, monkeypat
     monkeypatch.setattr("experiments.runs.fast_bfloat16", lambda: has_products)
     setting = change("tiny", coupling_type="nanoflow")
     run = Run(setting, data, 1, 1)
-    assert run.config().train_config.fp16_run == (precision == "bfloat16")
+    assert run.config().train_config.fp16_run == (precision == "bfloat16") and run.precision == precision
+    folder = run.folder
+    monkeypatch.setattr("experiments.runs.fast_bfloat16", lambda: not has_products)
+    assert run.folder != folder  # a run of the other precision is not gone on with
     assert "fp16_run" not in setting.text

@@ -1,10 +1,12 @@
 """pools.py: processes that work for another leave Ctrl-C to it, and end with it."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -55,11 +57,20 @@ def test_a_pool_gives_results_and_an_exception_does_not_wait_for_it():
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_sigterm_ends_the_processes_of_a_pool(method):
+    with pytest.raises(BrokenProcessPool), process_pool(1, method) as pool:
+        task = pool.submit(time.sleep, 600)
+        [child] = multiprocessing.active_children()
+        child.terminate()
+        task.result(timeout=60)
+
+
 def test_signals_come_behind_the_context_and_not_to_those_begun_in_it():
     heard = []
     before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
     try:
-        with signals_left_to_this_process():
+        with signals_left_to_this_process(signal.SIGINT):
             child = os.fork()
             if child == 0:
                 os.kill(os.getpid(), signal.SIGINT)
