@@ -14,11 +14,13 @@ from config import DataConfig, load_config
 from data import first_batch, make_train_loader
 from fast.estimators import Execution
 from harness.errors import InputError
+from harness.stopping import StopRequest
 from linear_prediction import PEAK_LIMIT, LinearPrediction, levinson
 from model import build_model
 from modules import FlowLoss, squeeze
 from tests.support.experiments import fails, run
 from tests.support.vocoders import random_vocoder, small_config
+from training.loop import VocoderLoop
 from training.trainer import Trainer
 
 TINY = DataConfig(
@@ -377,6 +379,9 @@ def test_a_step_with_a_context_has_the_loss_of_the_rest(config, tmp_path):
     with torch.no_grad():
         expected = FlowLoss()(trainer.model(audio, mel, 264))
         of_all = FlowLoss()(trainer.model(audio, mel))
+    loop = VocoderLoop(1, trainer, [], StopRequest())
+    loop.close()
+    assert loop.samples_per_step == settings.train_config.batch_size * (settings.data_config.segment_length - 264)
     loss, *_ = trainer.step(audio, mel)
     torch.testing.assert_close(loss, expected)
     assert abs(loss - of_all) > 1e-3

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import itertools
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from harness import terminal
 from harness.errors import InputError
 from harness.stopping import SAME_INTERRUPT, StopRequest, exit_status, safe_point, uninterrupted
 from jobs import files
+from jobs.report_runs import Run as ReportedRun
+from jobs.synthesis import encoded
 from tests.support.experiments import ROOT, log_all_to, losses, run, run_quietly
 
 FORK = multiprocessing.get_context("fork")
@@ -307,6 +311,64 @@ def test_a_signal_while_a_run_is_prepared_costs_nothing_and_is_not_lost(config, 
         assert said.splitlines()[-1].startswith("stopped by SIG") and "Traceback" not in said, point
         assert "refused" not in said and [p.name for p in ckpt.list_checkpoints(folder)] == ["waveflow_8", "waveflow_4"]
     assert run("-c", path, "--resume", "latest", "--max_iterations", 9) == 0
+
+
+def stopped_at(point, log, *arguments):
+    """The exit status of train.py that gets SIGTERM when it comes to a function, and what it said."""
+
+    def command():
+        owner, _, name = point.rpartition(".")
+        real = getattr(sys.modules[owner], name)
+
+        def call(*values, **options):
+            os.kill(os.getpid(), TERM)
+            return real(*values, **options)
+
+        setattr(sys.modules[owner], name, call)
+        run_quietly(arguments, log)
+
+    log.write_text("")
+    process = FORK.Process(target=command)
+    process.start()
+    process.join(120)
+    return process.exitcode, log.read_text()
+
+
+def test_advice_after_a_stop_is_of_what_was_saved(config, tmp_path):
+    path, log = config(), tmp_path / "log.txt"
+    status, said = stopped_at("training.trainer.build_model", log, "-c", path)
+    assert status == 143 and said.endswith("stopped by SIGTERM; nothing was saved yet: start it again as before\n")
+    assert run("-c", path, "--max_iterations", 4) == 0
+    again = ("-c", path, "--resume", "latest", "--max_iterations", 4)
+    status, said = stopped_at("training.trainer.build_model", log, *again)
+    assert status == 143 and "already at iteration 4" in said  # not 0, by which a chain of jobs would go on
+    assert said.endswith("stopped by SIGTERM; go on with --resume latest\n")
+
+
+def test_an_interrupt_while_libsndfile_writes_gives_no_sound_instead_of_a_wrong_one(monkeypatch):
+    sent, results = [], []
+
+    class Interrupting(io.BytesIO):
+        def write(self, content):
+            if not sent:
+                sent.append(True)
+                os.kill(os.getpid(), INT)
+            return super().write(content)
+
+    monkeypatch.setattr("jobs.synthesis.io.BytesIO", Interrupting)
+    assert exit_status(lambda: results.append(encoded(torch.linspace(-0.9, 0.9, 50_000), 22_050, "wav"))) == 130
+    assert sent and results == []
+
+
+def test_an_interrupt_is_no_note_of_a_report():
+    told, done = ReportedRun(Path("run"), "run"), []
+
+    def read():
+        swallow()
+        raise InputError("damaged, as a library has it")
+
+    assert exit_status(lambda: done.append(told.attempt("checkpoint", read))) == 130
+    assert told.notes == done == []
 
 
 @pytest.mark.parametrize("seconds", [0, 0.5, 1.5, *(pytest.param(n / 10, marks=pytest.mark.soak) for n in range(60))])
