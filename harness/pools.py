@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from typing import Any
@@ -27,17 +27,23 @@ def signals_left_to_this_process(*numbers: int) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class _Pool(ProcessPoolExecutor):
+    """Executor whose processes begin with Ctrl-C left to this one; some start methods start one by each task."""
+
+    def submit(self, *task: Any, **options: Any) -> Future:
+        with signals_left_to_this_process(signal.SIGINT):
+            return super().submit(*task, **options)
+
+
 @contextmanager
 def process_pool(
     n: int, method: str | None = None, initializer: Callable[..., Any] | None = None, arguments: tuple[Any, ...] = ()
 ) -> Iterator[ProcessPoolExecutor]:
-    """Context of a pool of n processes, by a start method that starts them all at once or one. They leave Ctrl-C to
-    this one, and SIGTERM ends them; by an exception they are killed, whatever they are at.
+    """Context of a pool of n processes. They leave Ctrl-C to this one, and SIGTERM ends them; by an exception they are
+    killed, whatever they are at.
     """
-    with ProcessPoolExecutor(n, multiprocessing.get_context(method), initializer, arguments) as pool:
+    with _Pool(n, multiprocessing.get_context(method), initializer, arguments) as pool:
         try:
-            with signals_left_to_this_process(signal.SIGINT):
-                pool.submit(int)  # starts them
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

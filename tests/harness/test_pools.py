@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ from harness.pools import process_pool
 from harness.stopping import exit_status
 
 def job():
-    with process_pool(2 if {method!r} == "spawn" else 1, {method!r}) as pool:
+    with process_pool(2, {method!r}) as pool:
         tasks = [pool.submit(time.sleep, 600) for _ in range(2)]
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         [task.result() for task in tasks]
@@ -39,7 +40,7 @@ def test_ctrl_c_at_a_terminal_ends_a_pool_in_one_word(tmp_path, method, seconds)
                                stderr=subprocess.PIPE, text=True, start_new_session=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     children = [int(number) for number in process.stdout.readline().split()]
-    assert children
+    assert len(children) == 2
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -55,6 +56,21 @@ def test_a_pool_gives_results_and_an_exception_does_not_wait_for_it():
         pool.submit(time.sleep, 600)
         raise ZeroDivisionError
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="tells what a process blocks")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_every_process_of_a_pool_leaves_ctrl_c_to_this_one_from_its_start(method):
+    """Those that a later task starts, too."""
+    with process_pool(3, method) as pool:
+        tasks = [pool.submit(time.sleep, 1) for _ in range(5)]
+        children = multiprocessing.active_children()
+        assert len(children) == 3
+        for child in children:
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+            assert blocked & 1 << signal.SIGINT - 1 and not blocked & 1 << signal.SIGTERM - 1
+        [task.result() for task in tasks]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
