@@ -23,5 +23,6 @@ CLAIM = Claim(
     ),
     reference="nanoflow",
     pairs=((BEST, "nanoflow"),),
+    headlines=((BEST, "nanoflow"),),
     steps=600,
 )

@@ -24,6 +24,7 @@ class Claim:
     settings: tuple[Setting, ...]
     reference: str  # setting that the others are compared with
     pairs: tuple[tuple[str, str], ...] = ()  # (better, worse) settings, as the claim says
+    headlines: tuple[tuple[str, str], ...] = ()  # those of them that the README tells
     seeds: int = 3
     steps: int = 300
 

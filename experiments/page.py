@@ -1,4 +1,4 @@
-"""docs/experiments.md: the page whose tables and pictures are made from the runs' CSV."""
+"""docs/experiments.md and a table of the README: what is made from the runs' CSV."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,17 +6,18 @@ from pathlib import Path
 from experiments.claims import Claim
 from experiments.floor import ORDERS, floor_result
 from experiments.runs import RESULTS, read_results
-from experiments.tables import PAGE, Results, claim_table, counts, of_setting, plot, rewritten
+from experiments.tables import PAGE, README, Results, claim_table, counts, headlines, of_setting, plot, rewritten
 from harness import terminal
 from harness.files import written_whole
 
 
-def write_page(claims: Sequence[Claim], results: Path = RESULTS, page: Path = PAGE) -> None:
+def write_page(claims: Sequence[Claim], results: Path = RESULTS, page: Path = PAGE, readme: Path = README) -> None:
     """Replace the generated sections, and draw a picture for each claim that has runs."""
     found = read_results(results)
-    text = rewritten(page.read_text(encoding="utf-8"), sections(claims, found))
-    with written_whole(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    for path, texts in ((page, sections(claims, found)), (readme, readme_sections(claims, found))):
+        text = rewritten(path.read_text(encoding="utf-8"), texts)
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     for claim, corpus, steps in _measured(claims, found):
         path = page.parent / f"experiments-{claim.name}-{corpus}-{steps}.png"
         plot(claim, found, corpus, steps, path)
@@ -36,6 +37,11 @@ def sections(claims: Sequence[Claim], results: Results) -> dict[str, str]:
             parts.append(f"{steps} steps{where}:\n\n{table}{picture}")
         texts[claim.name] = "\n\n".join(parts)
     return texts
+
+
+def readme_sections(claims: Sequence[Claim], results: Results) -> dict[str, str]:
+    """Generated text of the README's one section, by its name."""
+    return {"claims": headlines(_measured(claims, results), results)}
 
 
 def floor_table(results: Results) -> str:

@@ -1,6 +1,6 @@
 """Tables and plots made of the runs' CSV: means with 95 % intervals over seeds, differences seed by seed.
 
-docs/experiments.md holds what `python -m experiments tables` writes between its marks, and a test compares.
+docs/experiments.md and the README hold what `python -m experiments tables` writes between marks; a test compares.
 """
 
 import math
@@ -18,6 +18,7 @@ from harness.errors import InputError
 from harness.files import written_whole
 
 PAGE = ROOT / "docs" / "experiments.md"
+README = ROOT / "README.md"
 Results = Mapping[tuple[str, str, int, int], Result]
 
 
@@ -101,6 +102,17 @@ def _pairs(claim: Claim, runs: Mapping[str, Mapping[int, Result]]) -> Iterable[s
         gain = difference(runs[better], runs[worse])
         said = "not run" if gain is None else f"{gain:+} nats/sample ({_verdict(gain)})"
         yield f"{better} minus {worse}: {said}"
+
+
+def headlines(measured: Iterable[tuple[Claim, str, int]], results: Results) -> str:
+    """Table of what came out of the claims, with the command for each row."""
+    lines = ["| mean test LL | steps | nats/sample | `python -m experiments` |", "|---|---|---|---|"]
+    for claim, corpus, steps in measured:
+        runs = {setting.name: of_setting(results, setting, corpus, steps) for setting in claim.settings}
+        for better, worse in claim.headlines:
+            if (gain := difference(runs[better], runs[worse])) is not None:
+                lines.append(f"| {better} minus {worse} | {steps:,} | {gain:+} ({_verdict(gain)}) | `{claim.name}` |")
+    return "\n".join(lines)
 
 
 def _verdict(gain: Estimate) -> str:

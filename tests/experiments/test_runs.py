@@ -10,9 +10,9 @@ from experiments import __main__ as experiments
 from experiments import beyond, early, ordering, runs
 from experiments.claims import Claim, change
 from experiments.floor import floor_result, measure_floors, setting_of
-from experiments.page import sections, write_page
+from experiments.page import readme_sections, sections, write_page
 from experiments.runs import RESULTS, Result, Run, Training, add_result, read_results, run_all
-from experiments.tables import PAGE, claim_table, difference, estimate, rewritten
+from experiments.tables import PAGE, README, claim_table, difference, estimate, rewritten
 from tests.support.experiments import write_corpus
 
 SMALL = {"res_channels": 4, "n_layer": 2, "n_flow": 2, "size_flow_embed": 3, "train__fp16_run": False}
@@ -113,7 +113,8 @@ PLAIN, CHANGED = change("plain"), change("changed", n_height=8)
 
 
 def claim_of(_=()):
-    return Claim("claim", "?", (PLAIN, CHANGED), "plain", (("changed", "plain"),), steps=3)
+    pair = (("changed", "plain"),)
+    return Claim("claim", "?", (PLAIN, CHANGED), "plain", pair, headlines=pair, steps=3)
 
 
 def test_intervals_are_students():
@@ -146,22 +147,25 @@ def test_sections_of_a_page_are_replaced_and_nothing_else():
     assert rewritten(page, {"x": "new \\1"}) == "a\n<!-- x -->\nnew \\1\n<!-- end of x -->\nb"
 
 
-def test_the_page_is_made_from_the_shipped_table(tmp_path):
-    text = PAGE.read_text(encoding="utf-8")
-    assert rewritten(text, sections(experiments.CLAIMS, read_results(RESULTS))) == text, "python -m experiments tables"
+@pytest.mark.parametrize("page, made", [(PAGE, sections), (README, readme_sections)])
+def test_pages_are_made_from_the_shipped_table(page, made):
+    text, found = page.read_text(encoding="utf-8"), made(experiments.CLAIMS, read_results(RESULTS))
+    assert rewritten(text, found) == text, "python -m experiments tables"
 
 
 def test_pictures_are_drawn(tmp_path):
-    page, results = tmp_path / "page.md", tmp_path / "runs.csv"
+    page, readme, results = tmp_path / "page.md", tmp_path / "readme.md", tmp_path / "runs.csv"
+    readme.write_text("<!-- claims -->\n<!-- end of claims -->\n")
     page.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in ("floor", "claim")))
     for seed in (1, 2):
         add_result(results, row(PLAIN, seed, 4.0 + seed))
-    write_page([claim_of()], results, page)
+    write_page([claim_of()], results, page, readme)
     assert not (tmp_path / "experiments-claim-c-3.png").exists()  # nothing to compare yet
     add_result(results, row(CHANGED, 1, 4.0))
-    write_page([claim_of()], results, page)
+    write_page([claim_of()], results, page, readme)
     assert (tmp_path / "experiments-claim-c-3.png").stat().st_size > 1000
     assert "5.500 ± " in page.read_text()
+    assert "| changed minus plain | 3 | -1.000 (one seed: no interval) | `claim` |" in readme.read_text()
 
 
 def test_every_setting_is_a_model_that_can_be_built(data):
