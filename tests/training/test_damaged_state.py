@@ -186,7 +186,7 @@ def in_its_place(path, what):
      "link": lambda p: p.symlink_to("/dev/zero")}[what](path)  # fmt: skip
 
 
-@pytest.mark.parametrize("what", [*SPOILT, "pipe", "folder", "empty", "link"], ids=str)
+@pytest.mark.parametrize("what", [*SPOILT, "pipe", "folder", "empty", "link"])
 def test_the_newest_that_can_be_used_is_taken_whatever_the_later_ones_are(what, vocoder, tmp_path, capsys):
     path, folder = vocoder
     own = tmp_path / "runs" / "tiny"
@@ -203,7 +203,7 @@ def test_the_newest_that_can_be_used_is_taken_whatever_the_later_ones_are(what, 
         ckpt.starting_point(config, ckpt.Start(resume=True), check_resumable)
 
 
-@pytest.mark.parametrize("what", [*SPOILT[:2], *SPOILT[3:], "pipe", "folder"], ids=str)
+@pytest.mark.parametrize("what", [*SPOILT[:2], *SPOILT[3:], "pipe", "folder"])
 def test_the_image_models_fall_back_too(what, images, tmp_path, capsys):
     _, folder = images
     for number in (4, 6):
