@@ -37,11 +37,13 @@ def test_a_run_is_placed_beside_the_curve(measured):
     assert "0.87 at 25" in str(curve) or "at 50" in str(curve)
 
 
-def test_the_demo_has_a_curve():
+@pytest.mark.parametrize("name, clips, samples", [("demo", 92, 5_815_407), ("asterisk", 336, 27_070_897)])
+def test_the_demos_config_has_a_curve_of_made_up_and_of_real_speech(name, clips, samples):
     demo = load_config(Path(__file__).parents[2] / "configs" / "demo.json")
-    curve = expected_curve(demo, [5_815_407 // 92] * 92)
-    assert curve is not None and curve.corpus.name == "demo" and max(curve.points) == 600
-    assert expected_curve(demo, [5_815_407 // 92] * 91) is None
+    lengths = [samples // clips] * clips
+    curve = expected_curve(demo, lengths)
+    assert curve is not None and curve.corpus.name == name and max(curve.points) == 600
+    assert expected_curve(demo, lengths[1:]) is None
 
 
 def test_another_config_or_corpus_has_no_curve(measured, config):
