@@ -34,8 +34,9 @@ demo-images: $(VENV)/demo.stamp
 	done
 	$(BIN)/python -m image_density_experiments.compare $(IMAGES)/glow $(IMAGES)/nanoflow --curves $(IMAGES)/curves.png
 
+# Each test needs one core, so two run at once.
 test: $(VENV)/dev.stamp lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The accelerator's kernels; without a GPU through Triton's interpreter, and compiled for capability 9.0. A PyTorch for
 # CUDA brings its own Triton: 2.13 that of TRITON, 2.11 3.6.0, whose interpreter needs a numpy below 2.4.

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -40,15 +41,26 @@ def process_pool(
     n: int, method: str | None = None, initializer: Callable[..., Any] | None = None, arguments: tuple[Any, ...] = ()
 ) -> Iterator[ProcessPoolExecutor]:
     """Context of a pool of n processes. They leave Ctrl-C to this one, and SIGTERM ends them; by an exception they are
-    killed, whatever they are at.
+    killed, whatever they are at, and they end when this one is killed.
     """
-    with _Pool(n, multiprocessing.get_context(method), initializer, arguments) as pool:
+    with _Pool(n, multiprocessing.get_context(method), _begin, (initializer, *arguments)) as pool:
         try:
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             end_children()
             raise
+
+
+def _begin(initializer: Callable[..., Any] | None, *arguments: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def end_children() -> None:

@@ -31,21 +31,49 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("seconds", [0, 1])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_ctrl_c_at_a_terminal_ends_a_pool_in_one_word(tmp_path, method, seconds):
-    """It reaches all processes of the terminal; while those of the pool begin, too."""
-    (tmp_path / "command.py").write_text(COMMAND.format(method=method))
-    process = subprocess.Popen([sys.executable, tmp_path / "command.py"], cwd=ROOT, stdout=subprocess.PIPE,
+def _begun(folder, method):
+    """The command in a session of its own, and the numbers of its pool's processes."""
+    (folder / "command.py").write_text(COMMAND.format(method=method))
+    process = subprocess.Popen([sys.executable, folder / "command.py"], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     children = [int(number) for number in process.stdout.readline().split()]
     assert len(children) == 2
+    return process, children
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_ctrl_c_at_a_terminal_ends_a_pool_in_one_word(tmp_path, method, seconds):
+    """It reaches all processes of the terminal; while those of the pool begin, too."""
+    process, children = _begun(tmp_path, method)
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == "interrupted\n"
     assert not any(os.path.exists(f"/proc/{number}") for number in children)
+
+
+@pytest.mark.parametrize("number, seconds", [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGKILL, 1)])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes_at_work_end_with_a_command_that_is_ended_or_killed(tmp_path, method, number, seconds):
+    """They would go on for hours, in folders that are nobody's any more."""
+    process, children = _begun(tmp_path, method)
+    time.sleep(seconds)
+    os.kill(process.pid, number)
+    process.communicate(timeout=60)  # to the end of stderr, which those at work hold, too
+    assert process.returncode == -number
+    deadline = time.monotonic() + 60
+    while any(map(_lives, children)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _lives(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_pool_gives_results_and_an_exception_does_not_wait_for_it():
