@@ -3,13 +3,12 @@
 From runs of its own, or from the `losses.csv` that a run of `train.py` left.
 """
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from config import Config, load_config
 from data import make_train_loader
-from experiments.runs import DEMO, ROOT, Run, Setting, Training
+from experiments.runs import DEMO, ROOT, Run, Setting, Training, read_rows
 from harness import terminal
 from harness.errors import InputError
 from training.expected import CURVES, Corpus, write_curve
@@ -37,8 +36,7 @@ def curve_of_logs(data: Path, logs: Sequence[Path]) -> None:
 
 def _losses_of(path: Path) -> list[float]:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [(int(row["iteration"]), float(row["loss"])) for row in csv.DictReader(file)]
+        rows = [(int(row["iteration"]), float(row["loss"])) for row in read_rows(path)]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the losses.csv of a run ({error})") from None
     if [iteration for iteration, _ in rows] != list(range(1, len(rows) + 1)):

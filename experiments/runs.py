@@ -6,10 +6,11 @@ on from its checkpoint; one that stands in the table is not run again, whichever
 
 import csv
 import hashlib
+import io
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,11 +24,21 @@ from experiments.measures import Scores, measure
 from experiments.variants import Subject, build_subject
 from harness import terminal
 from harness.bad_steps import BadSteps
-from harness.checkpoints import random_state, read_torch_file, restore_random_state, save_whole
+from harness.checkpoints import (
+    check_weights,
+    checked,
+    load_optimizer,
+    load_strictly,
+    random_state,
+    read_torch_file,
+    restore_random_state,
+    save_whole,
+)
 from harness.devices import fast_bfloat16
 from harness.errors import InputError
-from harness.files import written_whole
+from harness.files import read_text, written_whole
 from harness.pools import process_pool
+from harness.training_state import is_number, require
 from training.optimisation import MovingAverage, rate_factor
 from training.precision import make_precision
 
@@ -36,6 +47,8 @@ DEMO = ROOT / "configs" / "demo.json"
 RESULTS = Path(__file__).parent / "data" / "runs.csv"
 WORK = Path("experiments/work")  # of runs under way, and the losses of finished ones
 SAVE_EVERY = 50  # steps
+STATE = {"subject", "optimizer", "average", "losses", "seconds", "random"}  # of a run under way
+MAX_BYTES = 2**26  # of a table
 CPU = torch.device("cpu")
 
 
@@ -133,14 +146,21 @@ def read_results(path: Path = RESULTS) -> dict[tuple[str, str, int, int], Result
     """Rows of a table by their keys; none where there is no file yet. InputError where it is another's."""
     if not path.exists():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     kinds = {field.name: field.type for field in fields(Result)}
     try:
+        rows = read_rows(path)
         results = [Result(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a table of runs ({error}); name another with --results") from None
     return {result.key: result for result in results}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a table by the names of its columns; ValueError where it is none."""
+    try:
+        return list(csv.DictReader(io.StringIO(read_text(path, MAX_BYTES))))
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
 
 
 def add_result(path: Path, result: Result) -> None:
@@ -285,11 +305,33 @@ class Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         save_whole(self._path, content)
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self.subject.load_state_dict(state["subject"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load(state["average"])
-        self.losses = list(state["losses"])
-        self.seconds, self.cpu_seconds = state["seconds"]
-        restore_random_state(state["random"], CPU, f"remove {self._path}")
+    def _restore(self, state: Any) -> None:
+        remedy = f"remove {self._path}, and the run begins anew"
+        checked(lambda: self._check(state), "content is not that of this run", remedy)
+        try:
+            load_strictly(self.subject, state["subject"])
+            if self.average is not None:
+                check_weights(self.average.module, {**self.average.module.state_dict(), **state["average"]})
+                self.average.load(state["average"])
+        except InputError as error:
+            raise InputError(f"{error}; {remedy}") from None
+        names = [name for name, _ in self.subject.named_parameters()]
+        load_optimizer(self.optimizer, self.subject, state["optimizer"], names, remedy, stepped=None)
+        restore_random_state(state["random"], CPU, remedy)
+        self.losses, (self.seconds, self.cpu_seconds) = state["losses"], state["seconds"]
+
+    def _check(self, state: Any) -> None:
+        """ValueError where what `_save` writes is not there, or of another kind."""
+        require(isinstance(state, dict) and state.keys() >= STATE, "it", state)
+        for name in ("subject", "average") if self.average is not None else ("subject",):
+            require(isinstance(state[name], dict) and all(map(_is_weight, state[name].items())), name, "damaged")
+        losses, seconds = state["losses"], state["seconds"]
+        require(isinstance(losses, list) and all(type(loss) is float for loss in losses), "losses", losses)
+        require(0 < len(losses) <= self.run.steps, "the number of losses", len(losses))
+        require(isinstance(seconds, list) and [is_number(n, 0) for n in seconds] == [True, True], "seconds", seconds)
+        require(isinstance(state["random"], dict), "random", state["random"])
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    return isinstance(name, str) and isinstance(value, torch.Tensor) and bool(torch.isfinite(value).all())

@@ -1,5 +1,6 @@
 """Image datasets, each as a train and a test split of uint8 images: embedded, downloaded, or the user's own."""
 
+import re
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -193,7 +194,8 @@ def _obtain(file: RemoteFile, dataroot: Path, allow_download: bool) -> Path:
 
 def _imagenet(size: int, dataroot: Path, allow_download: bool) -> ImageData:
     """Downsampled ImageNet (Chrabaszcz et al., 2017): train_data_batch_1..10.npz and val_data.npz."""
-    train = sorted(dataroot.glob("train_data_batch_*.npz"), key=lambda path: int(path.stem.rpartition("_")[-1]))
+    numbers = {path: re.fullmatch(r"train_data_batch_([0-9]{1,4})\.npz", path.name) for path in dataroot.glob("*.npz")}
+    train = sorted((path for path in numbers if numbers[path]), key=lambda path: int(numbers[path][1]))
     validation = dataroot / "val_data.npz"
     if not train or not validation.is_file():
         raise InputError(

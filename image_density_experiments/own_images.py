@@ -125,9 +125,10 @@ def _array_split(
     if not found:
         raise InputError(f"{path}: holds no array; expected {ARRAYS}")
     numbers = next((arrays[name] for name in labels if name in arrays and arrays[name].ndim <= 2), None)
+    pictures = _images_last(path, found[0])
     if numbers is not None:
-        numbers = _checked_labels(path, numbers, len(found[0]))
-    return Split(ArrayImages(_images_last(path, found[0]), form), numbers)
+        numbers = _checked_labels(path, numbers, len(pictures))
+    return Split(ArrayImages(pictures, form), numbers)
 
 
 def _images_last(path: Path, images: np.ndarray) -> np.ndarray:

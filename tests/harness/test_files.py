@@ -40,6 +40,14 @@ def test_data_reach_the_disk_before_the_name_and_the_name_before_the_end(tmp_pat
     assert calls == ["fsync", "replace", "fsync"]
 
 
+@pytest.mark.parametrize("length", [245, 256])
+def test_a_name_too_long_is_that_of_the_file_and_not_of_what_is_written_beside_it(tmp_path, length):
+    path = tmp_path / ("n" * length)
+    with pytest.raises(OSError, match="too long") as error, written_whole(path) as temporary:
+        temporary.touch()
+    assert error.value.filename == str(path)
+
+
 def test_a_link_in_the_way_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / f".file.{os.getpid()}.tmp").symlink_to(tmp_path / "precious")

@@ -205,6 +205,8 @@ def test_imagenet_is_read_from_its_npz_files_once(tmp_path):
     flat = images.transpose(0, 3, 1, 2).reshape(5, -1)
     for name, part in (("train_data_batch_1", [0, 1]), ("train_data_batch_2", [2, 3]), ("val_data", [4])):
         np.savez(tmp_path / f"{name}.npz", data=flat[part], labels=np.array(part) + 1)
+    for name in ("train_data_batch_1 (copy)", "train_data_batch_", "train_data_batch_x", "my_train_data_batch_3"):
+        (tmp_path / f"{name}.npz").write_bytes(b"a copy of the user's, none of the data's files")
     for _ in range(2):  # the second time from the unpacked arrays
         data = load_images("imagenet64", tmp_path)
         assert len(data.train.images) == 4
@@ -247,6 +249,14 @@ def test_an_array_of_images_is_split(tmp_path, suffix):
     data = load_images("folder", path)
     assert [len(data.train.images), len(data.test.images)] == [19, 2]
     assert np.array_equal(data.test.images[1], images[19]) and np.array_equal(data.train.images[18], images[20])
+
+
+@pytest.mark.parametrize("empty", [("x_train", "y_train"), ("x_test", "y_test"), ("y_test",), ("x_test",)])
+def test_arrays_of_nothing_are_one_line(tmp_path, empty):
+    arrays = {"x_train": pictures(4, 8), "y_train": np.arange(4), "x_test": pictures(3, 8), "y_test": np.arange(3)}
+    np.savez(tmp_path / "own.npz", **{name: array[:0] if name in empty else array for name, array in arrays.items()})
+    with pytest.raises(InputError, match=r"own\.npz: .*expected"):
+        load_images("folder", tmp_path / "own.npz")
 
 
 def test_a_corrupted_image_is_named(tmp_path):

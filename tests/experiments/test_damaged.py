@@ -1,0 +1,88 @@
+"""Files that the experiments read, damaged: one line that names the file, and nothing runs on."""
+
+import copy
+import math
+import os
+
+import pytest
+import torch
+
+from experiments.curve import curve_of_logs
+from experiments.runs import Run, Training, read_results
+from harness.errors import InputError
+from tests.experiments.test_runs import data, small  # noqa: F401 (a fixture)
+
+
+@pytest.fixture(scope="module")
+def saved(data, tmp_path_factory):  # noqa: F811
+    """A run of two of its three steps, and what its checkpoint holds."""
+    folder, run = tmp_path_factory.mktemp("run"), Run(small("tiny", train__ema_decay=0.9), data, 1, 3)
+    training = Training(run, run.config(), folder)
+    for step, batch in zip(range(2), [(torch.rand(2, 4096), torch.rand(2, 80, 17))] * 2, strict=True):
+        training.losses.append(training._step(step, *batch)[0])
+    training._save()
+    return training, torch.load(folder / "state.pt", weights_only=True)
+
+
+def damages(content):
+    """(place, value) of what must not pass; a place is a path of keys."""
+    for name in ("subject", "average"):
+        first = next(iter(content[name]))
+        value = content[name][first]
+        others = (value[None], value.bool(), value.to(torch.complex64), torch.full_like(value, math.nan))
+        yield from (((name, first), wrong) for wrong in (None, "x", *others))
+        yield from (((name,), wrong) for wrong in (None, 3, {}, [], {5: value}, {first: value}))
+        yield from (((name, odd), value) for odd in (5, "odd"))
+    yield from ((("losses",), wrong) for wrong in (None, [], [1], ["x"], [0.5] * 4, torch.zeros(2), {}))
+    yield from ((("seconds",), wrong) for wrong in (None, [], [1.0], [-1.0, 1.0], [1.0, math.nan], ["x", 1.0], 3))
+    yield from ((("random",), wrong) for wrong in (None, 3, [], {"random_state": torch.zeros(3)}))
+    yield from ((("optimizer",), wrong) for wrong in (None, 3, {}, {"state": {}, "param_groups": []}))
+    yield ("optimizer", "param_groups", 0, "lr"), math.nan
+    yield from ((("optimizer", "state", 0, name), wrong) for name in ("exp_avg", "exp_avg_sq") for wrong in (None, 3.0))
+
+
+def test_no_damage_to_a_run_under_way_passes(saved):
+    training, content = saved
+    training._restore(copy.deepcopy(content))
+    wrong = list(damages(copy.deepcopy(content)))
+    assert len(wrong) > 50
+    for place, value in wrong:
+        damaged = copy.deepcopy(content)
+        inner = damaged
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        with pytest.raises(InputError, match=r"remove .*state\.pt, and the run begins anew"):
+            training._restore(damaged)
+    for other in ({}, [1, 2], None, {name: content[name] for name in content if name != "seconds"}):
+        with pytest.raises(InputError, match="remove"):
+            training._restore(other)
+
+
+TABLES = {
+    "binary": b"\xff\xfe\x00\x01" * 10,
+    "a long field": b"name,corpus\n" + b"x" * 200_000 + b",y\n",
+    "other columns": b"a,b\n1,2\n",
+    "a short row": b"iteration,loss\n1\n",
+    "no number": b"iteration,loss\n1,x\n",
+    "a null byte": b"iteration,loss\n1,\x00\n",
+}
+
+
+@pytest.mark.parametrize("content", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("read", [read_results, lambda path: curve_of_logs(path.parent, [path])])
+def test_a_damaged_table_is_one_line(read, content, tmp_path, data):  # noqa: F811
+    for kind in ("train", "test"):
+        (tmp_path / f"{kind}_files.txt").write_text((data / f"{kind}_files.txt").read_text())
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read(path)
+    assert str(path) in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_pipes_and_devices_are_not_waited_for(make, tmp_path):
+    make(tmp_path / "table.csv")
+    with pytest.raises(InputError, match=r"table\.csv.*expected a file"):
+        read_results(tmp_path / "table.csv")
