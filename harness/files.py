@@ -1,5 +1,6 @@
 """Files: opened only if they are what they should be, written whole or not at all, appended to across a full disk."""
 
+import csv
 import errno
 import io
 import os
@@ -8,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from harness.errors import InputError
 
@@ -109,6 +110,14 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             error.filename, error.filename2 = str(path), None
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def written_table(path: str | Path) -> Iterator[Any]:
+    """Yield the writer of a csv file that appears whole; what is no text, in names of another encoding, is escaped."""
+    escaped = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with written_whole(path) as temporary, open(temporary, "w", **escaped) as file:
+        yield csv.writer(file, lineterminator="\n")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Measures of a trained image model: bits per dimension, reconstructions, images between images, strangeness."""
 
-import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.errors import InputError
-from harness.files import written_whole
+from harness.files import written_table
 from harness.memory import require_memory
 from harness.processes import rank, world_size
 from harness.stopping import safe_point
@@ -89,8 +88,7 @@ def bits_per_dim(
 
 def write_bits(path: Path, bits: dict[str, tuple[np.ndarray, Split]]) -> None:
     """One CSV row per image: dataset, image by its name or number, bits per dimension."""
-    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
+    with written_table(path) as table:
         table.writerow(("dataset", "image", "bits_per_dim"))
         for name, (values, split) in bits.items():
             table.writerows((name, split.name(index), f"{value:.6f}") for index, value in enumerate(values))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harness import terminal
 from harness.errors import InputError
+from harness.files import written_table
 from harness.processes import gather, is_main
 from image_density_experiments import quality
 from image_density_experiments.checkpoint import Checkpoint
@@ -220,20 +221,22 @@ def measure_quality(options: Options, device: torch.device) -> int:
     features, words = quality.make_features(options.fid, job.model)
     real = quality.features_of(job.data.test.images, features)
     n = options.n_samples or min(len(real), MADE)
-    rows = ["temperature,fid,kid,kid_std,n_features,n_test,n_samples"]
+    rows: list[tuple[float | int, ...]] = []
     for temperature in options.temperatures:
         samples = draw(job.model, n, temperature, job.how.seed)
         images = shown(samples.images, job.model.config.n_bits)
         _warn_of_grey(images.n_not_finite, "samples", "and were compared so")
         made = quality.features_of(images.pixels, features)
         result = quality.distance(real, made, job.how.seed)
-        rows.append(",".join(map(str, (temperature, *result, len(real), n))))
+        rows.append((temperature, *result, len(real), n))
         terminal.say(
             f"T = {temperature:g}: FID {result.fid:.4g}, KID {result.kid:.4g} (std {result.kid_std:.2g}) by {words}, "
             f"{result.n_features} of them, {len(real)} test images and {samples}"
         )
     if min(len(real), n) <= result.n_features:
         terminal.warn(f"fewer images than the {result.n_features} features: FID is far too large; compare KID")
-    (job.folder / "quality.csv").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    with written_table(job.folder / "quality.csv") as table:
+        table.writerow(("temperature", "fid", "kid", "kid_std", "n_features", "n_test", "n_samples"))
+        table.writerows(rows)
     terminal.say(f"files: {job.folder}")
     return 0

@@ -137,7 +137,6 @@ def curve_on(config: Config, corpus: Corpus, folder: Path = CURVES) -> Curve | N
 def write_curve(path: Path, config: Config, corpus: Corpus, runs: Sequence[Sequence[float]], command: str) -> None:
     """Write the curve of the losses of some runs, by step, of one config."""
     about = {"corpus": asdict(corpus), "seeds": len(runs), "command": command, "config": signature(config)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         file.write(f"# {json.dumps(about)}\niteration,loss,deviation\n")
         for last in range(WINDOW, min(map(len, runs)) + 1, WINDOW):
