@@ -133,24 +133,25 @@ def _is_bare(content: Any) -> bool:
     return bare and any(isinstance(name, str) and from_published(name).startswith("upsampler.") for name in content)
 
 
-def _checked_weights(content: Any, path: str | Path) -> Mapping[str, Tensor]:
-    weights = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(weights, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-    ):
+def _checked_weights(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The weights under the names that the file has, without entries that are none."""
+    found = content.get("model") if isinstance(content, dict) else None
+    if not checkpoints.are_named_tensors(found):
         raise InputError(f"checkpoint {path}: holds no 'model' weights; expected a file written by train.py")
-    for name, value in weights.items():
-        if value.is_floating_point() and not is_stray(name) and not torch.isfinite(value).all():
-            raise InputError(f"checkpoint {path}: {name} is not finite, its run had diverged; use an earlier one")
+    weights = {name: value for name, value in found.items() if not is_stray(name)}
+    if spoilt := checkpoints.not_finite(weights):
+        raise InputError(f"checkpoint {path}: {spoilt} is not finite, its run had diverged; use an earlier one")
     return weights
 
 
 def _checked_average(average: Any, weights: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """The moving average under our names: tensors like the weights, and finite."""
-    for name, value in weights.items():
-        own = average.get(name) if isinstance(average, Mapping) else None
-        if not isinstance(own, Tensor) or own.shape != value.shape or not torch.isfinite(own).all():
-            raise InputError(f"checkpoint {path}: its moving average 'ema' is damaged at {name}; use another one")
+    """The moving average under our names: finite tensors that could take the place of the weights, and no others."""
+    named = checkpoints.are_named_tensors(average)
+    problems = checkpoints.differences(weights, average) if named else "expected named tensors"
+    if not problems and (spoilt := checkpoints.not_finite(average)):
+        problems = f"{spoilt} is not finite"
+    if problems:
+        raise InputError(f"checkpoint {path}: its moving average 'ema' is damaged ({problems}); use another one")
     return our_weights(average)
 
 
