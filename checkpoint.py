@@ -158,7 +158,7 @@ def _checked_average(average: Any, weights: Mapping[str, Tensor], path: str | Pa
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """`load_checkpoint` as a Checkpoint."""
     content = load_checkpoint(path)
-    known = ("optimizer", "scheduler", "learning_rate", "training_state", "mel_statistics", "facts")
+    known = ("optimizer", "scheduler", "learning_rate", "training_state", "mel_statistics")
     config = content.get("config")
     return Checkpoint(
         path=Path(path),
@@ -167,7 +167,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         weights=content["model"],
         average=content.get("ema"),
         parameter_order=tuple(content["model"]),
-        config=config if isinstance(config, Mapping) else None,
+        config=checkpoints.plain(config, f"checkpoint {path}: its config") if isinstance(config, Mapping) else None,
+        facts=content["facts"] if Path(path).suffix == SUFFIX else {},  # texts there, in another file anything
         **{name: content[name] for name in known if name in content},
     )
 
@@ -338,7 +339,7 @@ def starting_point(
         return newest
     if start.average is not None:
         return _average(config, newest_checkpoints(path or config.run_folder, start.average), start)
-    return replace(_read_for(config, Path(path), start.warm), sources=(Path(path),)) if path else None
+    return replace(_fitting(read_checkpoint(path), config, start.warm), sources=(Path(path),)) if path else None
 
 
 def newest_whole(config: Config, usable: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
@@ -350,7 +351,7 @@ def newest_whole(config: Config, usable: Callable[[Checkpoint], None] = lambda c
         model = build_model(config.waveflow_config, config.data_config)
 
     def read(path: Path) -> Checkpoint:
-        checkpoint = _read_for(config, path, warm=False)
+        checkpoint = _fitting(read_checkpoint(path), config)
         _check_fit(checkpoint, model)
         usable(checkpoint)
         return checkpoint
@@ -362,10 +363,6 @@ def _check_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
     kind = model.config
     shown = lambda name: to_published(name, kind.coupling_type, kind.transform)  # noqa: E731
     checkpoints.check_weights(model, checkpoint.weights, f"checkpoint {checkpoint.path}", shown)
-
-
-def _read_for(config: Config, path: Path, warm: bool) -> Checkpoint:
-    return _fitting(read_checkpoint(path), config, warm)
 
 
 def _fitting(checkpoint: Checkpoint, config: Config, warm: bool = False) -> Checkpoint:

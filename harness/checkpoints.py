@@ -3,6 +3,7 @@
 A file is a dict with the weights and what else a run needs to go on. Errors end with remedies, which callers give.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -193,6 +194,14 @@ def are_named_tensors(found: Any) -> bool:
     return isinstance(found, Mapping) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
     )
+
+
+def plain(value: Any, what: str) -> Any:
+    """Nested settings as JSON gives them back; InputError, which names them, where they hold anything else."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{what} is damaged ({error}); use another file") from None
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
