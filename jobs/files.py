@@ -78,7 +78,7 @@ def _text(given: str) -> str:
 def _info(options: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(options.file, terminal.warn)
     for name, value in facts_of(checkpoint, _config(checkpoint, options.config)).items():
-        terminal.say(f"{name + ':':16} {value}")
+        terminal.say(one_line(f"{name + ':':16} {value}"))  # what a file tells of itself may be anyone's
 
 
 def facts_of(checkpoint: Checkpoint, config: Config | None) -> dict[str, str]:

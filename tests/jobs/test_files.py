@@ -105,7 +105,7 @@ def test_a_card_beside_a_damaged_evaluation_says_not_evaluated(what, folder, tmp
     assert capsys.readouterr().err.count("the weights were not evaluated") == (what != "missing")
 
 
-def test_texts_in_a_card_are_no_markdown(folder, tmp_path):
+def test_texts_in_a_card_are_no_markdown_and_lines_of_info_are_lines(folder, tmp_path, capsys):
     out = tmp_path / "w.safetensors"
     data = "a|b\n# heading <b>\x1b[31m `code` [link](x) *bold* _it_"
     assert main(["convert", str(folder), str(out), "--card", "--data", data, "--licence", "CC0-1.0 (see ü)"]) == 0
@@ -113,6 +113,10 @@ def test_texts_in_a_card_are_no_markdown(folder, tmp_path):
     [row] = [line for line in card.splitlines() if line.startswith("| training data |")]
     assert row.isprintable() and not re.search(r"(?<!\\)[`*_<\[]", row) and len(re.findall(r"(?<!\\)\|", row)) == 3
     assert "| licence of the weights | CC0-1.0 (see ü) |" in card
+    capsys.readouterr()
+    assert main(["info", str(out)]) == 0
+    lines = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(lines[-2:]) == ["data", "license"]  # the format keeps no order
 
 
 @pytest.mark.parametrize("flag", ["--data", "--licence"])
