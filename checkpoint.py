@@ -133,31 +133,32 @@ def _is_bare(content: Any) -> bool:
     return bare and any(isinstance(name, str) and from_published(name).startswith("upsampler.") for name in content)
 
 
-def _checked_weights(content: Any, path: str | Path) -> Mapping[str, Tensor]:
-    weights = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(weights, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-    ):
+def _checked_weights(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The weights under the names that the file has, without entries that are none."""
+    found = content.get("model") if isinstance(content, dict) else None
+    if not checkpoints.are_named_tensors(found):
         raise InputError(f"checkpoint {path}: holds no 'model' weights; expected a file written by train.py")
-    for name, value in weights.items():
-        if value.is_floating_point() and not is_stray(name) and not torch.isfinite(value).all():
-            raise InputError(f"checkpoint {path}: {name} is not finite, its run had diverged; use an earlier one")
+    weights = {name: value for name, value in found.items() if not is_stray(name)}
+    if spoilt := checkpoints.not_finite(weights):
+        raise InputError(f"checkpoint {path}: {spoilt} is not finite, its run had diverged; use an earlier one")
     return weights
 
 
 def _checked_average(average: Any, weights: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """The moving average under our names: tensors like the weights, and finite."""
-    for name, value in weights.items():
-        own = average.get(name) if isinstance(average, Mapping) else None
-        if not isinstance(own, Tensor) or own.shape != value.shape or not torch.isfinite(own).all():
-            raise InputError(f"checkpoint {path}: its moving average 'ema' is damaged at {name}; use another one")
+    """The moving average under our names: finite tensors that could take the place of the weights, and no others."""
+    named = checkpoints.are_named_tensors(average)
+    problems = checkpoints.differences(weights, average) if named else "expected named tensors"
+    if not problems and (spoilt := checkpoints.not_finite(average)):
+        problems = f"{spoilt} is not finite"
+    if problems:
+        raise InputError(f"checkpoint {path}: its moving average 'ema' is damaged ({problems}); use another one")
     return our_weights(average)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """`load_checkpoint` as a Checkpoint."""
     content = load_checkpoint(path)
-    known = ("optimizer", "scheduler", "learning_rate", "training_state", "mel_statistics", "facts")
+    known = ("optimizer", "scheduler", "learning_rate", "training_state", "mel_statistics")
     config = content.get("config")
     return Checkpoint(
         path=Path(path),
@@ -166,7 +167,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         weights=content["model"],
         average=content.get("ema"),
         parameter_order=tuple(content["model"]),
-        config=config if isinstance(config, Mapping) else None,
+        config=checkpoints.plain(config, f"checkpoint {path}: its config") if isinstance(config, Mapping) else None,
+        facts=content["facts"] if Path(path).suffix == SUFFIX else {},  # texts there, in another file anything
         **{name: content[name] for name in known if name in content},
     )
 
@@ -337,7 +339,7 @@ def starting_point(
         return newest
     if start.average is not None:
         return _average(config, newest_checkpoints(path or config.run_folder, start.average), start)
-    return replace(_read_for(config, Path(path), start.warm), sources=(Path(path),)) if path else None
+    return replace(_fitting(read_checkpoint(path), config, start.warm), sources=(Path(path),)) if path else None
 
 
 def newest_whole(config: Config, usable: Callable[[Checkpoint], None] = lambda checkpoint: None) -> Checkpoint | None:
@@ -349,7 +351,7 @@ def newest_whole(config: Config, usable: Callable[[Checkpoint], None] = lambda c
         model = build_model(config.waveflow_config, config.data_config)
 
     def read(path: Path) -> Checkpoint:
-        checkpoint = _read_for(config, path, warm=False)
+        checkpoint = _fitting(read_checkpoint(path), config)
         _check_fit(checkpoint, model)
         usable(checkpoint)
         return checkpoint
@@ -361,10 +363,6 @@ def _check_fit(checkpoint: Checkpoint, model: nn.Module) -> None:
     kind = model.config
     shown = lambda name: to_published(name, kind.coupling_type, kind.transform)  # noqa: E731
     checkpoints.check_weights(model, checkpoint.weights, f"checkpoint {checkpoint.path}", shown)
-
-
-def _read_for(config: Config, path: Path, warm: bool) -> Checkpoint:
-    return _fitting(read_checkpoint(path), config, warm)
 
 
 def _fitting(checkpoint: Checkpoint, config: Config, warm: bool = False) -> Checkpoint:

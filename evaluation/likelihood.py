@@ -1,6 +1,5 @@
 """Likelihood of clips under a vocoder, in nats per sample: each clip's, and their means."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +10,9 @@ from torch.utils.data import DataLoader
 
 from data import ClipDataset
 from evaluation.tiles import likelihood_in_tiles
+from formats.tables import write_table
 from harness import terminal
 from harness.devices import exact_convolutions
-from harness.files import written_whole
 from harness.stopping import safe_point
 from model import FlowVocoder
 from modules import gaussian_log_density
@@ -64,10 +63,7 @@ def summarise_lists(clips: Sequence[ClipLikelihood], lists: Mapping[str, Sequenc
 
 def write_likelihoods(path: Path, clips: Sequence[ClipLikelihood]) -> None:
     """One CSV row per clip."""
-    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(ClipLikelihood._fields)
-        writer.writerows(clips)
+    write_table(path, ClipLikelihood._fields, clips)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ All but DNSMOS compare with the recording, frame by frame: a synthesis is as lon
 PESQ and DNSMOS are there where the packages `pesq` and `speechmos` are (requirements-extra.txt).
 """
 
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from audio import MelSpectrogram, resample
 from evaluation.distance import intelligibility, log_mel_distance
-from harness.files import written_whole
+from formats.tables import write_table
 from harness.stopping import uninterrupted
 
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))  # FFT, hop, window of Parallel WaveGAN
@@ -194,7 +193,5 @@ def table(found: Mapping[str, Mapping[str, Mean]]) -> str:
 
 def write_metrics(path: Path, clips: Sequence[ClipMetrics]) -> None:
     """One CSV row per system and clip."""
-    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["system", "clip", *clips[0].values])
-        writer.writerows([clip.system, clip.clip, *clip.values.values()] for clip in clips)
+    rows = ([clip.system, clip.clip, *clip.values.values()] for clip in clips)
+    write_table(path, ["system", "clip", *clips[0].values], rows)

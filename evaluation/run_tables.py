@@ -219,6 +219,17 @@ def read_evaluation(path: Path) -> Evaluation:
     return Evaluation(path.name, max(len(of[names[0]]) for of in found.values()), systems)
 
 
+def read_mean_likelihood(path: Path) -> tuple[float, int]:
+    """Mean log-likelihood over the clips of such a file, and how many they are. Raises OSError, and RefusedFile where
+    that of any clip is missing or not finite.
+    """
+    found = [_numbers(row, ("log_likelihood",)) for row in _rows(path, ("clip",))]
+    values = np.array([value for row in found for value in row or (math.nan,)])
+    if not len(values) or not (np.abs(values) < LARGEST).all():
+        raise RefusedFile("not every clip in it has a log-likelihood")
+    return float(values.mean()), len(values)
+
+
 def _rows(path: Path, needed: Sequence[str]) -> Iterator[dict[str, str]]:
     """Rows of a small CSV file by column; RefusedFile where the needed ones are not there."""
     table = csv.DictReader(io.StringIO(read_text(path, MAX_SMALL_BYTES, errors="replace").replace("\0", "")))
@@ -232,6 +243,6 @@ def _rows(path: Path, needed: Sequence[str]) -> Iterator[dict[str, str]]:
 
 def _numbers(row: Mapping[str, str], names: Sequence[str]) -> list[float] | None:
     try:
-        return [float(row[name]) for name in names]
+        return [float(row.get(name, "")) for name in names]
     except (TypeError, ValueError):
         return None

@@ -3,9 +3,10 @@
 A file is a dict with the weights and what else a run needs to go on. Errors end with remedies, which callers give.
 """
 
+import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -160,13 +161,14 @@ def check_weights(
     shown: Callable[[str], str] = lambda name: name,
 ) -> None:
     """InputError where weights are not those of such a model: other names, shapes or kinds of numbers."""
-    if problems := list(_differences(model.state_dict(), weights, shown)):
-        raise InputError(f"{source}: of another model than the config describes; {'; '.join(problems)}")
+    if problems := differences(model.state_dict(), weights, shown):
+        raise InputError(f"{source}: of another model than the config describes; {problems}")
 
 
-def _differences(
-    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], shown: Callable[[str], str]
-) -> Iterator[str]:
+def differences(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], shown: Callable[[str], str] = lambda name: name
+) -> str:
+    """Words on why weights cannot take the place of a model's own, as in `check_weights`; empty where they can."""
     missing = [shown(name) for name in own if name not in weights]
     unknown = [shown(name) for name in weights if name not in own]
     shapes = [
@@ -180,9 +182,31 @@ def _differences(
         if name in weights and not _same_kind(weights[name], own[name])
     ]
     found = (("missing", missing), ("not in this model", unknown), ("other shape", shapes), ("other numbers", kinds))
-    for what, names in found:
-        if names:
-            yield f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    return "; ".join(
+        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in found
+        if names
+    )
+
+
+def are_named_tensors(found: Any) -> bool:
+    """Tell whether something is a dict of tensors by name, as weights are."""
+    return isinstance(found, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    )
+
+
+def plain(value: Any, what: str) -> Any:
+    """Nested settings as JSON gives them back; InputError, which names them, where they hold anything else."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{what} is damaged ({error}); use another file") from None
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """Name of the first of the weights that holds NaN or infinity."""
+    return next((n for n, value in weights.items() if value.is_floating_point() and not value.isfinite().all()), None)
 
 
 def _same_kind(saved: Tensor, own: Tensor) -> bool:

@@ -1,9 +1,9 @@
 """The command line of checkpoint.py: what a file holds, the same weights in another format, a card for them."""
 
 import argparse
-import csv
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +13,11 @@ import torch
 import checkpoint as ckpt
 from checkpoint import Checkpoint
 from config import Config, load_config
+from evaluation.run_tables import read_mean_likelihood
 from harness import terminal
 from harness.arguments import Help, Parser, add_general, number
-from harness.errors import InputError
-from harness.files import written_whole
+from harness.errors import MAX_SHOWN, InputError, one_line
+from harness.files import RefusedFile, written_whole
 from harness.safetensors_files import SUFFIX
 from harness.stopping import exit_status
 from jobs.export import SUFFIXES, export
@@ -54,13 +55,21 @@ def parser() -> argparse.ArgumentParser:
     exported.add_argument("-t", "--temp", type=number(0), metavar="T", help=noise)
     exported.set_defaults(run=_export)
     for command in (convert, exported):
-        command.add_argument("--data", default="", metavar="TEXT", help="what the weights were trained on")
-        command.add_argument("--licence", default="", metavar="TEXT", help="of the weights")
+        command.add_argument("--data", type=_text, default="", metavar="TEXT", help="what the weights were trained on")
+        command.add_argument("--licence", type=_text, default="", metavar="TEXT", help="of the weights")
     add_general(whole)
     for command in (info, convert, exported):
         command.formatter_class = Help
         add_general(command, top=False)
     return whole
+
+
+def _text(given: str) -> str:
+    """An argparse type: text that a file can hold."""
+    try:
+        return given.encode() and given
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{one_line(given, MAX_SHOWN)}: expected text in UTF-8") from None
 
 
 # --- info -------------------------------------------------------------------------------------------------
@@ -69,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 def _info(options: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(options.file, terminal.warn)
     for name, value in facts_of(checkpoint, _config(checkpoint, options.config)).items():
-        terminal.say(f"{name + ':':16} {value}")
+        terminal.say(one_line(f"{name + ':':16} {value}"))  # what a file tells of itself may be anyone's
 
 
 def facts_of(checkpoint: Checkpoint, config: Config | None) -> dict[str, str]:
@@ -121,15 +130,16 @@ def _convert(options: argparse.Namespace) -> None:
     model, facts = trained_model(checkpoint, config), _facts(checkpoint, options)
     if (known := MelStatistics.read(checkpoint.mel_statistics)) is not None:
         facts["mel_statistics"] = json.dumps(known.to_dict())
+    text = model_card(checkpoint, config, model, facts) if options.card else ""  # all that can fail comes first
     if out.suffix == SUFFIX:
         ckpt.export_weights(out, model, config, checkpoint.iteration, facts)
     else:
         _save_published(out, model, config, checkpoint)
     terminal.say(f"{out}: {os.path.getsize(out):,} bytes")
-    if options.card:
+    if text:
         card = out.with_name(out.name.removesuffix(SUFFIX) + ".md")
         with written_whole(card) as temporary:
-            temporary.write_text(model_card(checkpoint, config, model, facts), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
         terminal.say(f"model card: {card}")
 
 
@@ -207,7 +217,7 @@ _CARD = """# {name}
 ```python
 from vocoder import Vocoder
 
-vocoder = Vocoder.from_pretrained("{file}")
+vocoder = Vocoder.from_pretrained({file})
 audio = vocoder(mel)  # mel [{bands}, frames] -> audio [{hop} (frames - 1)] at {rate} Hz
 ```
 
@@ -223,15 +233,15 @@ def model_card(checkpoint: Checkpoint, config: Config, model: FlowVocoder, facts
         "training data": facts.get("data", "not stated"),
         "licence of the weights": facts.get("license", "not stated"),
         "training steps": f"{checkpoint.iteration:,}",
-        "log-likelihood": facts.get("likelihood") or _likelihood(checkpoint, config),
+        "log-likelihood": facts.get("likelihood") or _likelihood(checkpoint),
         "parameters": f"{count_parameters(model):,} ({count_parameters(model, synthesis=True):,} for synthesis)",
         "speed": _speed(model, config),
     }
     return _CARD.format(
-        name=config.waveflow_config.model_name,
+        name=_plain(config.waveflow_config.model_name),
         model=_described(config),
-        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        file=checkpoint.path.name,
+        rows="\n".join(f"| {name} | {_plain(value)} |" for name, value in rows.items()),
+        file=json.dumps(checkpoint.path.name),
         bands=data.n_mel_channels,
         hop=data.hop_length,
         rate=data.sampling_rate,
@@ -242,14 +252,23 @@ def model_card(checkpoint: Checkpoint, config: Config, model: FlowVocoder, facts
     )
 
 
-def _likelihood(checkpoint: Checkpoint, config: Config) -> str:
+def _plain(text: str) -> str:
+    """A text that may be anyone's as Markdown shows it: in one line, and nothing in it a sign."""
+    return re.sub(r"([\\`*_\[\]<>#|~&!])", r"\\\1", one_line(text))
+
+
+def _likelihood(checkpoint: Checkpoint) -> str:
     """The mean that --evaluate left in the run's folder."""
     path = checkpoint.path.parent / "evaluation" / f"{checkpoint.name}.csv"
-    if not path.is_file():
+    try:
+        mean, clips = read_mean_likelihood(path)
+    except FileNotFoundError:
         return "not evaluated"
-    with open(path, newline="", encoding="utf-8") as file:
-        values = [float(row["log_likelihood"]) for row in csv.DictReader(file)]
-    return f"{sum(values) / len(values):.4f} nats/sample (mean over {len(values)} test clips)"
+    except (OSError, RefusedFile) as error:
+        told = getattr(error, "strerror", None) or error
+        terminal.warn(f"{path}: {told}; the card says that the weights were not evaluated")
+        return "not evaluated"
+    return f"{mean:.4f} nats/sample (mean over {clips} test clips)"
 
 
 def _speed(model: FlowVocoder, config: Config) -> str:

@@ -1,15 +1,19 @@
 """Inputs of a user: sound files of any format and rate, mel files, and folders of both."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from audio import MEL_SUFFIXES, is_mel_file, resample, rescale, shortest_audio
 from config import DataConfig
+from formats.sounds import open_sound
+from harness import terminal
 from harness.errors import InputError
-from harness.files import kind_of
+from harness.files import RefusedFile, kind_of
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
 MAX_SAMPLES = 2**28  # over all channels: an hour and a half of stereo at 24 kHz, 1 GiB
@@ -41,37 +45,44 @@ def _is_input(file: Path, folder: Path) -> bool:
     return file.suffix.lower() in _SUFFIXES and file.is_file() and not hidden
 
 
-def check_sound(path: str) -> None:
-    """InputError, naming the file, where soundfile cannot read it; only its header is looked at."""
-    import soundfile  # with librosa; not needed for wavs of lists
+@contextmanager
+def _opened(path: str, sampling_rate: int) -> Iterator[Any]:
+    """A sound file, of a length that can be borne at its own rate and at `sampling_rate`.
 
+    InputError, naming the file, where it is none, or where its samples turn out to be damaged in the block.
+    """
     try:
-        info = soundfile.info(path)
-    except soundfile.LibsndfileError as error:
-        reason = str(error.error_string).strip().rstrip(".")
-        raise InputError(f"{path}: not a sound file that can be read ({reason}); convert it to wav or flac") from None
-    if not 0 < info.frames * info.channels <= MAX_SAMPLES:
-        raise InputError(
-            f"{path}: {info.frames} samples of {info.channels} channel(s), expected 1 to {MAX_SAMPLES}; cut it up"
-        )
+        with terminal.libraries_hushed(), open_sound(path) as file:
+            if file.frames < 1:
+                raise InputError(f"{path}: holds no samples, or is damaged; get it again")
+            seconds = file.frames / file.samplerate
+            if max(file.frames * file.channels, seconds * sampling_rate) > MAX_SAMPLES:
+                raise InputError(
+                    f"{path}: {file.frames} samples of {file.channels} channel(s) at {file.samplerate} Hz, expected at "
+                    f"most {MAX_SAMPLES}, and no more at {sampling_rate} Hz; cut it up"
+                )
+            yield file
+    except (RefusedFile, OSError) as error:
+        told = getattr(error, "strerror", None) or error
+        remedy = "get it again, or convert it to wav or flac"
+        raise InputError(f"{path}: not a sound file that can be read ({told}); {remedy}") from None
 
 
 def read_sound(path: str, sampling_rate: int) -> Tensor:
     """Audio [T] at `sampling_rate` of a file of any format and rate; the mean of its channels. Raises InputError."""
-    import soundfile
-
-    check_sound(path)
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # [T, channels]
+    with _opened(path, sampling_rate) as file:
+        samples, rate = file.read(dtype="float32", always_2d=True), file.samplerate  # [T, channels]
     audio = torch.from_numpy(samples).mean(1)
     if not audio.isfinite().all():
         raise InputError(f"{path}: holds samples that are not finite; make it again")
     return resample(audio, rate, sampling_rate)
 
 
-def check_input(path: str) -> None:
-    """InputError where a sound cannot be read; mels are looked at when they are read."""
+def check_input(path: str, sampling_rate: int) -> None:
+    """InputError where the header of a sound cannot be read; mels are looked at when they are read."""
     if not is_mel_file(path):
-        check_sound(path)
+        with _opened(path, sampling_rate):
+            pass
 
 
 def read_recording(path: str, data: DataConfig) -> Tensor:

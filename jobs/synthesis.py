@@ -47,7 +47,7 @@ class Request:
         else:
             entries = find_inputs(self.inputs)
             for entry in entries:
-                check_input(entry)
+                check_input(entry, config.data_config.sampling_rate)
         if self.output == STDOUT and len(entries) * len(self.temps) != 1:
             raise InputError(
                 f"--output -: {len(entries)} input(s) at {len(self.temps)} temperature(s); stdout takes one sound"

@@ -131,6 +131,23 @@ def test_broken_and_hostile_files_give_one_line_and_run_nothing(damage, tmp_path
     assert not (tmp_path / "HACKED").exists()
 
 
+@pytest.mark.parametrize("wrong", [torch.tensor(2), torch.zeros(3), {5: torch.zeros(3)}, {(1, 2): 3}])
+@pytest.mark.parametrize("place", ["config", "section", "value"])
+def test_a_config_of_more_than_plain_values_is_damaged(wrong, place, tmp_path):
+    kind = random_vocoder().config.to_dict()
+    config = {"config": {"n": wrong}, "section": {"waveflow_config": wrong},
+              "value": {"waveflow_config": kind | {"n_flow": wrong}}}[place]  # fmt: skip
+    torch.save({"model": random_vocoder().state_dict(), "config": config}, tmp_path / "waveflow_1")
+    with pytest.raises(InputError, match="waveflow_1: its config is damaged"):
+        ckpt.read_checkpoint(tmp_path / "waveflow_1")
+
+
+@pytest.mark.parametrize("facts", [5, {"data": 5, 6: 7}, [torch.zeros(3)]])
+def test_only_safetensors_tell_facts_of_themselves(facts, tmp_path):
+    torch.save({"model": random_vocoder().state_dict(), "facts": facts}, tmp_path / "waveflow_1")
+    assert ckpt.read_checkpoint(tmp_path / "waveflow_1").facts == {}
+
+
 def test_missing_file_and_folder_are_named(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         ckpt.load_checkpoint(tmp_path / "waveflow_1")

@@ -1,4 +1,5 @@
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from evaluation.distance import log_mel_distance, noise_like
 from evaluation.likelihood import ClipLikelihood, summarise, write_likelihoods
+from evaluation.metrics import ClipMetrics, write_metrics
 from evaluation.pictures import save_mel_figure
 
 CLIPS = [ClipLikelihood("a.wav", 100, 4.0, -1.0, 5.0), ClipLikelihood("b.wav", 300, 2.0, -1.5, 3.5)]
@@ -44,3 +46,14 @@ def test_mel_picture_shows_each_mel(tmp_path):
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert picture.shape[0] > 400
     assert picture.std() > 20
+
+
+@pytest.mark.parametrize("name", ["a.wav", "ü.wav", "w\udcff.wav", 'a,"b\n.wav'])
+def test_tables_hold_names_as_the_file_system_has_them(name, tmp_path):
+    write_likelihoods(tmp_path / "one.csv", [ClipLikelihood(name, 9, 1.5, 1.0, 0.5)])
+    write_metrics(tmp_path / "two.csv", [ClipMetrics(name, name, {"log_mel": 0.5})])
+    for table, columns in (("one.csv", ["clip"]), ("two.csv", ["system", "clip"])):
+        with open(tmp_path / table, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            [row] = csv.DictReader(file)
+        assert [row[column] for column in columns] == [name] * len(columns)
+        assert os.fsencode(name).replace(b'"', b'""') in (tmp_path / table).read_bytes()

@@ -1,6 +1,8 @@
 """python checkpoint.py info and convert, and every kind of file wherever a checkpoint is taken."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +74,65 @@ def test_safetensors_hold_config_and_mel_statistics_and_come_with_a_card(folder,
     assert "training mels:" in capsys.readouterr().out
     assert main(["convert", str(folder), str(out)]) == 1
     assert "exists" in capsys.readouterr().err
+
+
+LINE = "clip,samples,log_likelihood,prior,log_det\n"
+DAMAGED_TABLES = {
+    "empty": b"",
+    "header only": LINE,
+    "another column": LINE.replace("log_likelihood", "loss") + "a.wav,9,1.0,1.0,0.0\n",
+    "text": LINE + "a.wav,9,1.0,1.0,0.0\nb.wav,9,much,1.0,0.0\n",
+    "short row": LINE + "a.wav,9,1.0,1.0,0.0\nb.wav,9\n",
+    "nan": LINE + "a.wav,9,1.0,1.0,0.0\nb.wav,9,nan,1.0,0.0\n",
+    "infinite": LINE + "a.wav,9,-inf,1.0,0.0\n",
+    "binary": bytes(range(256)) * 9,
+    "long field": LINE + "a" * 200_000 + ",9,1.0,1.0,0.0\n",
+}
+
+
+@pytest.mark.parametrize("what", [*DAMAGED_TABLES, "missing", "folder", "pipe"])
+def test_a_card_beside_a_damaged_evaluation_says_not_evaluated(what, folder, tmp_path, capsys):
+    shutil.copy(folder / "waveflow_4", tmp_path)
+    table = tmp_path / "evaluation" / "waveflow_4.csv"
+    table.parent.mkdir()
+    if what in DAMAGED_TABLES:
+        content = DAMAGED_TABLES[what]
+        table.write_bytes(content if isinstance(content, bytes) else content.encode())
+    elif what != "missing":
+        {"folder": os.mkdir, "pipe": os.mkfifo}[what](table)
+    assert main(["convert", str(tmp_path / "waveflow_4"), str(tmp_path / "w.safetensors"), "--card"]) == 0
+    assert "| log-likelihood | not evaluated |" in (tmp_path / "w.md").read_text()
+    assert capsys.readouterr().err.count("the weights were not evaluated") == (what != "missing")
+
+
+def test_texts_in_a_card_are_no_markdown_and_lines_of_info_are_lines(folder, tmp_path, capsys):
+    out = tmp_path / "w.safetensors"
+    data = "a|b\n# heading <b>\x1b[31m `code` [link](x) *bold* _it_"
+    assert main(["convert", str(folder), str(out), "--card", "--data", data, "--licence", "CC0-1.0 (see ü)"]) == 0
+    card = (tmp_path / "w.md").read_text()
+    [row] = [line for line in card.splitlines() if line.startswith("| training data |")]
+    assert row.isprintable() and not re.search(r"(?<!\\)[`*_<\[]", row) and len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert "| licence of the weights | CC0-1.0 (see ü) |" in card
+    capsys.readouterr()
+    assert main(["info", str(out)]) == 0
+    lines = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(lines[-2:]) == ["data", "license"]  # the format keeps no order
+
+
+@pytest.mark.parametrize("flag", ["--data", "--licence"])
+@pytest.mark.parametrize("suffix", [".safetensors", ""])
+def test_texts_that_are_not_utf8_are_refused_before_anything_is_written(flag, suffix, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", str(folder), str(tmp_path / f"w{suffix}"), "--card", flag, "x\udcff"])
+    assert f"argument {flag}: x\\udcff: expected text in UTF-8" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_may_have_names_that_are_not_utf8(folder, expected, tmp_path, capsys):
+    for name in ("b\udcff.safetensors", "waveflow_4\udcff"):
+        assert main(["convert", str(folder), str(tmp_path / name), "--card"]) == 0
+        assert main(["info", str(tmp_path / name)]) == 0
+        assert torch.equal(Vocoder.from_pretrained(tmp_path / name, device="cpu")(MEL, seed=0), expected)
 
 
 def test_safetensors_become_a_file_that_the_published_code_takes_up(folder, expected, tmp_path):

@@ -60,6 +60,22 @@ def damages(content, squared):
         yield ("training_state", "random_state"), wrong
 
 
+def average_damages(content):
+    """What must not pass for a moving average of the weights: other names, kinds of numbers, shapes, no numbers."""
+    average = content["ema"]
+    first, tensor = next(iter(average.items()))
+    yield from (
+        (("ema",), wrong) for wrong in [*NO_CONTAINERS, {}, [tensor], average | {5: tensor}, average | {"x": "y"}]
+    )
+    yield ("ema",), average | {"xx": tensor}
+    yield ("ema",), {name: value for name, value in average.items() if name != first}
+    for wrong in (torch.int64, torch.uint8, torch.bool, torch.complex64):
+        yield ("ema",), {name: value.to(wrong) for name, value in average.items()}
+        yield ("ema", first), tensor.to(wrong)
+    yield from ((("ema", first), wrong) for wrong in [None, 3, "x", [], tensor[None], tensor.flatten()[:0]])
+    yield from ((("ema", first), tensor + wrong) for wrong in NOT_FINITE)
+
+
 def schedule_damages(content):
     for name in ("last_epoch", "step_size", "_step_count"):
         yield from ((("scheduler", name), wrong) for wrong in NO_COUNTS)
@@ -95,7 +111,8 @@ def vocoder(corpus, tmp_path_factory):
     from tests.support.experiments import write_config
 
     folder = tmp_path_factory.mktemp("vocoder")
-    path = write_config(folder / "config.json", corpus, folder / "runs", train_config__iters_per_checkpoint=1)
+    steps = {"train_config__iters_per_checkpoint": 1, "train_config__ema_decay": 0.5}
+    path = write_config(folder / "config.json", corpus, folder / "runs", **steps)
     assert run("-c", path, "--max_iterations", 2) == 0
     return path, folder / "runs" / "tiny"
 
@@ -109,7 +126,7 @@ def test_no_damage_to_a_vocoders_state_passes(vocoder, tmp_path, monkeypatch):
         check_resumable(ckpt.read_checkpoint("waveflow_2"))
 
     check(content)
-    cases = [*damages(content, "exp_avg_sq"), *schedule_damages(content)]
+    cases = [*damages(content, "exp_avg_sq"), *schedule_damages(content), *average_damages(content)]
     for place, value in cases:
         refused(content, place, value, check)
     print(f"{len(cases)} damages")
@@ -170,12 +187,21 @@ def make_another_model(content):
     content["model"][name] = torch.zeros(1, 2, 3)
 
 
+def make_whole(content):
+    content["ema"] = {name: value.long() for name, value in content["ema"].items()}
+
+
+def lose_a_name(content):
+    content["ema"][5] = torch.zeros(3)
+
+
 SPOILT = (spoil_weights, make_complex, lose_the_optimizer, empty_the_optimizer, make_another_model)
+SPOILT_AVERAGE = (make_whole, lose_a_name)
 
 
 def in_its_place(path, what):
     """Put something in the place of a checkpoint."""
-    if what in SPOILT:
+    if what in SPOILT + SPOILT_AVERAGE:
         content = torch.load(path, weights_only=True)
         del content["digest"]
         what(content)
@@ -186,7 +212,7 @@ def in_its_place(path, what):
      "link": lambda p: p.symlink_to("/dev/zero")}[what](path)  # fmt: skip
 
 
-@pytest.mark.parametrize("what", [*SPOILT, "pipe", "folder", "empty", "link"])
+@pytest.mark.parametrize("what", [*SPOILT, *SPOILT_AVERAGE, "pipe", "folder", "empty", "link"])
 def test_the_newest_that_can_be_used_is_taken_whatever_the_later_ones_are(what, vocoder, tmp_path, capsys):
     path, folder = vocoder
     own = tmp_path / "runs" / "tiny"
