@@ -10,8 +10,8 @@ import torch
 
 from audio import LOG_FLOOR, MelSpectrogram, read_wav, shortest_audio
 from config import DataConfig
-from corpora.prepare import Take
 from corpora.splits import SETS
+from corpora.takes import Take
 from harness.files import written_whole
 
 MEASURED = 100  # clips, at most, whose mels are measured

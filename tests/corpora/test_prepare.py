@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,10 @@ import soundfile
 import data
 from audio import read_wav
 from corpora.loudness import gain, loudness
-from corpora.recordings import read_recording
+from corpora.recordings import Source, read_recording
 from corpora.segments import find_segments
 from corpora.splits import assign, fraction_of
+from corpora.takes import clip_names, read_notes, take_names
 from data import read_file_list
 from tests.support.experiments import RATE, write_config
 from tests.support.odd_recordings import write_odd_recordings
@@ -91,6 +94,77 @@ def test_a_second_run_does_what_is_new_and_leaves_the_split(recordings, template
     assert len(kept) == 5 and all(path.stat().st_mtime_ns == times[path] for path in kept)
     assert len(read_wav(out / "wavs" / "x_0.wav", RATE)) == int(0.7 * RATE)
     assert (out / "wavs" / "x_new.wav").is_file()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A corpus of one take in two pieces and one in one, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("prepared")
+    template = write_config(folder / "template.json", folder, folder / "runs", data_config__test_files="none")
+    (folder / "in").mkdir()
+    long = np.concatenate([speech(0.7, RATE, 110), np.zeros(2_000), speech(0.7, RATE, 130)])
+    for name, audio in (("long", long), ("one", speech(0.6, RATE, 150))):
+        soundfile.write(folder / "in" / f"{name}.wav", audio, RATE)
+    assert prepare(template, folder / "in", folder / "out", "--max_seconds", 1) == 0
+    return template, folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"name": name} for name in ("../../escaped", "/escaped", "..", "", "a/b", "one_1", "long\n", 5, None, [])),
+        *({"below": below} for below in (".", "", "../../x.wav", None, [], 5)),
+        *({key: value} for key in ("rate", "clipped") for value in ([], "1", None, -1, 1.5, 10**400)),
+        *({key: value} for key in ("offset", "seconds", "loudness") for value in ("q", None, [], 10**400)),
+        *({"seconds": value} for value in (float("nan"), float("inf"))),
+        *({"clips": clips} for clips in (5, None, {}, [5], [{}], [[]])),
+        *({"problem": 5}, {"path": 5}, {"stamp": None}, {"speaker": []}, {"form": 1}, {"used_as": {}}, {"more": 1}),
+        *({"clip": {"name": name}} for name in ("../../../wavs/c0", "/escaped", "two", "long_002", 5, None, "")),
+        *({"clip": {"samples": value}} for value in ("x", None, -1, 1.5, 10**400, True)),
+        *({"clip": {"digest": value}} for value in ([], {}, None, 5)),
+        {"clip": {"more": 1}},
+    ],
+    ids=reprlib.repr,
+)
+def test_a_note_that_no_run_wrote_is_left_out(prepared, tmp_path, changes):
+    _, folder = prepared
+    notes = [json.loads(line) for line in (folder / "out" / "takes.jsonl").read_text().splitlines()]
+    assert [Path(path).stem for path in read_notes(folder / "out" / "takes.jsonl")] == ["long", "one"]
+    for note in notes:
+        note["clips"][0] |= changes.get("clip", {})
+        note |= {key: value for key, value in changes.items() if key != "clip"}
+    lines = [*map(json.dumps, notes), "null", "[]", "5", "[" * 9_999, '{"path": "cut sho']
+    (tmp_path / "takes.jsonl").write_text("\n".join(lines))
+    assert read_notes(tmp_path / "takes.jsonl") == {}
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/escaped", "other"])
+def test_clips_go_nowhere_else_whatever_is_noted(prepared, name):
+    template, folder = prepared
+    files, notes = set(folder.rglob("*")), folder / "out" / "takes.jsonl"
+    note = {**json.loads(notes.read_text().splitlines()[0]), "name": name, "stamp": "another"}
+    notes.write_text(json.dumps(note) + "\n")
+    assert prepare(template, folder / "in", folder / "out", "--max_seconds", 1) == 0
+    assert set(folder.rglob("*")) == files
+    assert [Path(path).stem for path in read_notes(notes)] == ["long", "one"]
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["a.wav", "A.wav", "a.flac", "sub/a.wav", "sub_a.wav"],
+        ["x_001.wav", "x.wav", "x/002.wav", "x_003_001.wav", "x_003.wav"],
+        ["é" * 149 + "1.wav", "é" * 149 + "2.wav", "語" * 80 + "1.wav", "語" * 80 + "2.wav"],
+        ["...wav", "_.wav", "../../b.wav", "/b.wav", "\udcff.wav", "a\nb.wav", "a|b.wav"],
+    ],
+)
+def test_no_two_takes_have_the_clips_of_one_name(paths):
+    sources = [Source(Path("in", path), Path(path)) for path in paths]
+    for order in (sources, sources[::-1]):
+        names = list(take_names(order, {}).values())
+        clips = [clip.casefold() for name in names for pieces in (1, 3) for clip in clip_names(name, pieces)]
+        assert len(set(clips)) == len(clips) == 4 * len(paths)
+        assert all(len(os.fsencode(f".{clip}.wav.1234567.tmp")) < 256 and Path(clip).name == clip for clip in clips)
 
 
 def test_16_bit_audio_at_the_rate_is_not_touched(template, tmp_path):
