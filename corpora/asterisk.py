@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from harness import terminal
 from harness.downloads import damage_named
 from harness.errors import InputError, show
 from harness.files import RefusedFile, read_bytes, written_whole
+from harness.pools import thread_pool
 
 VOICE = "en_US_f_Allison"
 SAMPLING_RATE = 22_050  # Hz
@@ -174,7 +174,7 @@ def _decode_all(sounds: dict[str, bytes], folder: Path) -> list[str]:
             write_wav(path, _decode(name, sounds[name]), SAMPLING_RATE)
         return str(path)
 
-    with ThreadPoolExecutor() as pool:
+    with thread_pool() as pool:
         return list(terminal.bar(pool.map(decode, sounds), "asterisk", len(sounds), unit="clip"))
 
 

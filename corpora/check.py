@@ -7,11 +7,9 @@ silent and very short files: where the signal is constant, its density has no up
 import csv
 import hashlib
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from corpora.spectrum import find_band_end, find_hum, power_frames
 from harness import terminal
 from harness.errors import InputError
 from harness.files import written_whole
+from harness.pools import thread_pool
 
 BLOCK = 2**20  # samples read at a time: memory does not grow with the clip
 CLIPPED_RUN = 3  # samples in a row at full scale; a single one may be a genuine peak
@@ -82,7 +81,7 @@ def inspect_corpus(
         except (InputError, OSError) as error:
             clip.errors.append(str(error).removeprefix(f"{clip.file}: "))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with thread_pool() as pool:
         for _ in terminal.bar(pool.map(inspect, clips), "check", total=len(clips), unit="clip"):
             pass
     _find_duplicates(clips)

@@ -3,7 +3,6 @@
 import ctypes
 import os
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +58,8 @@ def _is_finished(folder: Path, metadata: str, clips: Sequence[str]) -> bool:
 
 def _speak_clips(text: Sequence[str], clips: Sequence[str]) -> None:
     # In a process of its own: the C library gives the same samples again only from its first initialisation on.
-    with process_pool(1) as pool:
-        try:
-            spoken = pool.submit(speak, text).result()
-        except BrokenProcessPool:
-            raise InputError("espeak-ng crashed; reinstall the espeakng-loader package") from None
+    with process_pool(1, "espeak-ng crashed; reinstall the espeakng-loader package") as pool:
+        spoken = pool.submit(speak, text).result()
     noise = np.random.default_rng(0)
     for clip, samples in zip(clips, terminal.bar(spoken, desc="demo corpus", unit="clip"), strict=True):
         floor = noise.normal(0.0, NOISE_FLOOR, len(samples))

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from harness import terminal
 from harness.downloads import damage_named
 from harness.errors import InputError
 from harness.files import Appended, read_text, written_whole
+from harness.pools import thread_pool
 
 MIN_SECONDS = 0.3  # of a clip; what is shorter is no speech
 SILENT = 1e-4  # peak below which nothing can be heard, -80 dBFS
@@ -98,16 +98,11 @@ def _convert_all(sources: Sequence[Source], folder: Path, config: Config, how: P
         return take
 
     try:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            try:
-                results = pool.map(convert, sources)
-                for take in terminal.bar(results, "prepare", len(sources), unit="take"):
-                    if known.get(take.path) is not take:
-                        notes.write(json.dumps(asdict(take)) + "\n")
-                    yield take
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with thread_pool() as pool:
+            for take in terminal.bar(pool.map(convert, sources), "prepare", len(sources), unit="take"):
+                if known.get(take.path) is not take:
+                    notes.write(json.dumps(asdict(take)) + "\n")
+                yield take
     finally:
         notes.close()
 

@@ -176,7 +176,7 @@ def gzipped(folder, *pieces):
 
 def within(megabytes, work, *arguments):
     """What work gives in a process that may take no more memory than this one and so much."""
-    with process_pool(1, "fork", _limit, (megabytes,)) as pool:
+    with process_pool(1, "died", "fork", _limit, (megabytes,)) as pool:
         return pool.submit(work, *arguments).result()
 
 
