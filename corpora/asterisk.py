@@ -18,7 +18,7 @@ import torch
 
 from audio import INT16_SCALE, wav_length, write_wav
 from corpora.lists import FileLists, write_lists
-from corpora.names import plain_name
+from corpora.names import check_listable, plain_name
 from harness import terminal
 from harness.downloads import damage_named
 from harness.errors import InputError, show
@@ -46,6 +46,7 @@ def prepare_corpus(folder: str | Path, archive: str | Path | None = None, unpack
     on the names only. InputError where there are no sounds, or no ffmpeg to decode them with.
     """
     folder = Path(folder)
+    check_listable(folder)
     source = Path(unpacked if archive is None else archive)
     complaint = "cannot be read" if archive is None else "not a Debian package or tar"
     with damage_named(source, complaint):

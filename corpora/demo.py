@@ -10,6 +10,7 @@ import torch
 
 from audio import INT16_SCALE, wav_length, write_wav
 from corpora.lists import FileLists, write_lists
+from corpora.names import check_listable
 from harness import terminal
 from harness.errors import InputError
 from harness.files import written_whole
@@ -31,6 +32,7 @@ def make_demo_corpus(folder: str | Path, sentences: str | Path = SENTENCES) -> t
     The same sentences give the same samples wherever this runs.
     """
     folder = Path(folder)
+    check_listable(folder)
     text = [line for line in Path(sentences).read_text(encoding="utf-8").splitlines() if line]
     clips = [str(folder / "wavs" / f"demo_{number:03d}.wav") for number in range(1, len(text) + 1)]
     metadata = "".join(f"{Path(clip).stem}|{line}\n" for clip, line in zip(clips, text, strict=True))

@@ -28,8 +28,8 @@ def check_listable(path: str | Path) -> None:
     text = str(path)
     if not is_utf8(text):
         raise InputError(f"{text}: not UTF-8, which a list of clips is; choose another name")
-    if text != text.strip() or text.startswith(("{", "\ufeff")) or any(mark in text for mark in "\n\r\t\0|"):
+    if text != text.lstrip() or text.startswith(("{", "\ufeff")) or any(mark in text for mark in "\n\r\t\0|"):
         raise InputError(
-            f"{text!r}: a list of clips cannot hold such a path, for a line end, a tab, a bar, or a space or brace "
-            "before it; choose another name"
+            f"{text!r}: a list of clips cannot hold a path with a line end, a tab, a bar, or a space or brace before "
+            "it; choose another name"
         )

@@ -19,12 +19,13 @@ from config import Config
 from corpora import splits
 from corpora.lists import FileLists, write_lists
 from corpora.loudness import gain, loudness
+from corpora.names import check_listable
 from corpora.recordings import Source, find_sources, read_recording
 from corpora.segments import find_segments
 from corpora.takes import MAX_NOTES_BYTES, Clip, Take, clip_names, read_notes, take_names
 from harness import terminal
 from harness.downloads import damage_named
-from harness.errors import InputError
+from harness.errors import InputError, one_line
 from harness.files import Appended, read_text, written_whole
 from harness.pools import thread_pool
 
@@ -51,6 +52,7 @@ def prepare(
 
     InputError where nothing of the recordings can be used, or the folder holds something else.
     """
+    check_listable(folder)
     if folder.is_dir() and os.listdir(folder) and not (folder / "takes.jsonl").is_file():
         raise InputError(f"{folder}: not empty, and no corpus that was prepared before; choose another folder")
     sources = [source for source in find_sources(inputs) if not source.path.resolve().is_relative_to(folder.resolve())]
@@ -94,7 +96,7 @@ def _convert_all(sources: Sequence[Source], folder: Path, config: Config, how: P
         try:
             _convert(take, folder, config, how)
         except (InputError, OSError) as error:
-            take.problem = str(error).removeprefix(f"{source.path}: ")
+            take.problem = str(error).removeprefix(one_line(f"{source.path}: "))
         return take
 
     try:
@@ -181,6 +183,7 @@ def _known_sets(path: Path) -> dict[str, str]:
         known = json.loads(read_text(path, MAX_NOTES_BYTES))
         if not isinstance(known, dict) or not all(name in splits.SETS for name in known.values()):
             raise ValueError(f"expected {', '.join(splits.SETS)} by name")
+        "".join(known).encode()  # half of a surrogate pair, which JSON can hold, could not be written again
     return known
 
 
