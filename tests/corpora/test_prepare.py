@@ -1,9 +1,13 @@
 """`python data.py prepare`: odd recordings in, a corpus to train on out."""
 
+import csv
 import itertools
 import json
 import os
 import reprlib
+import shutil
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +16,14 @@ import soundfile
 
 import data
 from audio import read_wav
+from corpora import recordings as recordings_room
 from corpora.loudness import gain, loudness
 from corpora.recordings import Source, read_recording
 from corpora.segments import find_segments
 from corpora.splits import assign, fraction_of
 from corpora.takes import clip_names, read_notes, take_names
 from data import read_file_list
+from harness.errors import InputError
 from tests.support.experiments import RATE, write_config
 from tests.support.odd_recordings import write_odd_recordings
 from tests.support.speech import speech
@@ -213,7 +219,85 @@ def test_what_cannot_be_prepared_is_named(template, tmp_path, monkeypatch, capsy
     assert message.startswith("error: ") and words in message
 
 
+def test_recordings_whose_names_are_not_utf8_are_left_out(template, tmp_path, capsys):
+    names = ["plain", "\udcff", "\udcfe", "a\udc80/b"]
+    for number, name in enumerate(names):
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "good.wav", speech(0.6, RATE, 100 + number), RATE)
+        (tmp_path / "good.wav").rename(tmp_path / "own" / f"{name}.wav")
+    for _ in range(2):
+        assert prepare(template, tmp_path / "own", tmp_path / "out") == 0
+        said = capsys.readouterr()
+        assert r"left out: " in said.out and r"own/\udcff.wav: its name is not UTF-8; rename it" in said.out
+        rows = list(csv.DictReader((tmp_path / "out" / "report.csv").read_text(encoding="utf-8").splitlines()))
+        assert [row["problem"] for row in rows if row["clips"]] == [""]
+        assert [row["problem"] for row in rows if not row["clips"]] == ["its name is not UTF-8; rename it"] * 3
+    assert prepare(template, tmp_path / "own" / "\udcff.wav", tmp_path / "none") == 1
+    assert capsys.readouterr().err.endswith("\\udcff.wav: its name is not UTF-8; rename it\n")
+
+
+@pytest.mark.parametrize("name", ["a\0b.wav", "\ud800.wav"], ids=repr)
+def test_a_list_that_names_no_file_is_refused(template, tmp_path, capsys, name):
+    (tmp_path / "list.jsonl").write_text(json.dumps({"audio": name}))
+    assert prepare(template, tmp_path / "list.jsonl", tmp_path / "out") == 1
+    message = capsys.readouterr().err
+    assert "list.jsonl: " in message and "is no name of a file; mend the list" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("sets", ["[]", "5", '{"a": "other"}', '{"a": []}', '{"\\ud800": "train"}', "{", "\udcff"])
+def test_a_damaged_split_is_said_in_one_line(prepared, tmp_path, capsys, sets):
+    template, folder = prepared
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "out" / "split.json").write_bytes(os.fsencode(sets))
+    assert prepare(template, folder / "in", tmp_path / "copy" / "out", "--max_seconds", 1) == 1
+    message = capsys.readouterr().err
+    assert "split.json: holds no sets of takes" in message and message.count("\n") == 1
+
+
 # --- the parts
+
+
+@pytest.mark.parametrize("channels", [1, 3, 200])
+def test_a_recording_is_read_by_blocks_of_so_many_samples(tmp_path, monkeypatch, channels):
+    """Whatever its channels; what it becomes does not depend on that."""
+    sound = np.random.default_rng(0).normal(0, 0.1, (3_000, channels))
+    soundfile.write(tmp_path / "a.wav", sound, 16_000, "FLOAT")
+    whole, read, sizes = read_recording(tmp_path / "a.wav", RATE), soundfile.SoundFile.read, []
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *given, **options: noted(read(*given, **options)))
+
+    def noted(block):
+        sizes.append(block.size)
+        return block
+
+    monkeypatch.setattr(recordings_room, "BLOCK", 1_000)
+    parts = read_recording(tmp_path / "a.wav", RATE)
+    assert max(sizes) <= 1_000 and sum(sizes) == sound.size
+    assert np.allclose(parts.audio, whole.audio, atol=1e-6)
+
+
+def streamed(path, samples, rate=8_000, bits=8, data=0, more=b""):
+    """A wav as it comes out of a pipe, of zeros that take no disk."""
+    block = bits // 8
+    form = struct.pack("<4sLHHLLHH", b"fmt ", 16, 1, 1, rate, rate * block, block, bits)
+    path.write_bytes(b"RIFF" + bytes(4) + b"WAVE" + form + more + b"data" + struct.pack("<L", data))
+    os.truncate(path, path.stat().st_size + samples * block)
+    return path
+
+
+def test_a_streamed_recording_is_not_held_to_be_mended(tmp_path):
+    """Nor is one that is too long."""
+    take = (speech(0.9, RATE, 110) * 2**15).astype("<i2")
+    path = streamed(tmp_path / "a.wav", 0, RATE, 16, more=b"LIST" + struct.pack("<L", 4) + b"odds")
+    with open(path, "ab") as file:
+        file.write(take.tobytes())
+    assert np.allclose(read_recording(path, RATE).audio, take / 2**15, atol=2e-3)
+    assert len(read_recording(path, RATE).audio) == len(take)
+    long = streamed(tmp_path / "long.wav", 2**32 - 99)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"long\.wav: over 6 hours; cut it into parts"):
+        read_recording(long, RATE)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_an_offset_is_removed_and_channels_are_averaged(tmp_path):
