@@ -1,14 +1,12 @@
 """The peak memory of a piece of work, measured in a fresh process of its own: nothing of what ran before is in it."""
 
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from harness.devices import resident_memory
-from harness.errors import InputError
 from harness.pools import process_pool
 
 
@@ -19,11 +17,9 @@ def peak_memory(device: torch.device, work: Callable[..., Any], *arguments: Any)
     held before the call, which is Python with its libraries; what these load when they are first used is counted, some
     80 MB in all. 0 where the system does not tell. Raises InputError where the process does not live to tell.
     """
-    with process_pool(1, "spawn") as pool:
-        try:
-            return pool.submit(_measure, device, work, arguments).result()
-        except BrokenProcessPool:
-            raise InputError("the process that measures memory was ended, most likely for taking too much") from None
+    died = "the process that measures memory was ended, most likely for taking too much; choose smaller sizes"
+    with process_pool(1, died, "spawn") as pool:
+        return pool.submit(_measure, device, work, arguments).result()
 
 
 def _measure(device: torch.device, work: Callable[..., Any], arguments: tuple[Any, ...]) -> int:

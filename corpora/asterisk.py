@@ -7,27 +7,31 @@ import random
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from audio import INT16_SCALE, wav_length, write_wav
 from corpora.lists import FileLists, write_lists
+from corpora.names import check_listable, plain_name
 from harness import terminal
 from harness.downloads import damage_named
-from harness.errors import InputError
-from harness.files import written_whole
+from harness.errors import InputError, show
+from harness.files import RefusedFile, read_bytes, written_whole
+from harness.pools import thread_pool
 
 VOICE = "en_US_f_Allison"
 SAMPLING_RATE = 22_050  # Hz
 SHORTEST = 8_000  # bytes, a second; what is shorter is a letter or a digit
 N_CLIPS, N_TEST = 373, 37  # in version 1.6.1; held out
 MAX_BYTES = 2**28  # of all sounds together; the real ones are 8 MB
+MAX_BETWEEN = 2**24  # bytes of an archive's names and other headers
+_Found = tuple[tuple[str, ...], int, Callable[[], bytes]]  # a sound: parts of its path, bytes, how to read it
 CREDITS = """\
 Speech: "Asterisk core sounds (US English)", recorded by Allison Smith (http://www.theivrvoice.com), with financial
 contributions by Digium, Inc. (http://www.digium.com); copyright 2003-2010 Allison Smith, licensed under CC BY-SA 3.0
@@ -42,10 +46,14 @@ def prepare_corpus(folder: str | Path, archive: str | Path | None = None, unpack
     on the names only. InputError where there are no sounds, or no ffmpeg to decode them with.
     """
     folder = Path(folder)
-    sounds = dict(_in_archive(archive) if archive is not None else _in_folder(Path(unpacked)))
+    check_listable(folder)
+    source = Path(unpacked if archive is None else archive)
+    complaint = "cannot be read" if archive is None else "not a Debian package or tar"
+    with damage_named(source, complaint):
+        sounds = _gathered(_in_folder(source) if archive is None else _in_archive(source), source)
     if not sounds:
         raise InputError(
-            f"{archive if archive is not None else unpacked}: holds no .g722 sound of a second; expected Debian's "
+            f"{source}: holds no .g722 sound of a second; expected Debian's "
             "package asterisk-core-sounds-en-g722 or what it installs"
         )
     if len(sounds) != N_CLIPS:
@@ -60,51 +68,96 @@ def prepare_corpus(folder: str | Path, archive: str | Path | None = None, unpack
 # --- where the sounds are ---------------------------------------------------------------------------------
 
 
-def _in_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Sounds by name, the path below the voice's folder, or below the one given if that is not in it."""
+def _gathered(found: Iterable[_Found], source: str | Path) -> dict[str, bytes]:
+    """Sounds of a second at least by the names of their clips, each the path below the voice's folder, if it has one.
+
+    InputError where they are too large together, or two have one name.
+    """
+    sounds: dict[str, bytes] = {}
+    taken, total = set(), 0
+    for parts, size, read in found:
+        if size < SHORTEST:
+            continue
+        name = _name(parts)
+        if name.casefold() in taken:
+            raise InputError(f"{source}: two sounds, the clips of which would be {name}.wav; leave one of them out")
+        taken.add(name.casefold())
+        total += size
+        if total > MAX_BYTES:
+            raise InputError(f"{source}: over {MAX_BYTES} bytes of sounds; expected some 8 MB")
+        sounds[name] = read()
+    return sounds
+
+
+def _in_folder(folder: Path) -> Iterator[_Found]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     for path in sorted(folder.rglob("*.g722")):
-        if path.is_file() and path.stat().st_size >= SHORTEST:
-            yield _name(path.relative_to(folder).parts), path.read_bytes()
+        if path.is_file():
+            yield path.relative_to(folder).parts, path.stat().st_size, partial(read_bytes, path, MAX_BYTES)
 
 
-def _in_archive(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    if not Path(path).is_file():
+def _in_archive(path: Path) -> Iterator[_Found]:
+    if not path.is_file():
         raise InputError(f"{path}: no such archive")
-    total = 0
-    with damage_named(path, "not a Debian package or tar"), _as_tar(Path(path)) as tar:
+    with _as_tar(path) as tar:
         for member in tar:
-            if member.isfile() and member.name.endswith(".g722") and member.size >= SHORTEST:
-                total += member.size
-                if total > MAX_BYTES:
-                    raise InputError(f"{path}: over {MAX_BYTES} bytes of sounds; expected some 8 MB")
-                yield _name(Path(member.name).parts), tar.extractfile(member).read()
+            if member.isfile() and member.name.endswith(".g722"):
+                yield Path(member.name).parts, member.size, partial(tar.sound, member)
 
 
 def _name(parts: tuple[str, ...]) -> str:
-    below = parts[parts.index(VOICE) + 1 :] if VOICE in parts else [part for part in parts if part != "."]
-    return "_".join(below).removesuffix(".g722")
+    below = parts[parts.index(VOICE) + 1 :] if VOICE in parts else parts
+    return plain_name([*below[:-1], below[-1].removesuffix(".g722")])
 
 
 @contextmanager
-def _as_tar(path: Path) -> Iterator[tarfile.TarFile]:
+def _as_tar(path: Path) -> Iterator["_Tar"]:
     with open(path, "rb") as file:
         if file.read(8) == b"!<arch>\n":
             _find_data(file)
         else:
             file.seek(0)
-        with tarfile.open(fileobj=file, mode="r|*") as tar:  # a stream: it may begin anywhere in the file
+        with _Tar.open(fileobj=file, mode="r|*") as tar:  # a stream: it may begin anywhere in the file
             yield tar
+
+
+class _Tar(tarfile.TarFile):
+    """A tar whose names and other headers, which are held in memory, are MAX_BETWEEN bytes together at most."""
+
+    def __init__(self, name: str | None, mode: str, stream: BinaryIO, **options: Any) -> None:
+        self._headers = _Headers(stream)
+        super().__init__(name, mode, self._headers, **options)
+
+    def sound(self, member: tarfile.TarInfo) -> bytes:
+        """Content of a member."""
+        self._headers.left += member.size
+        return self.extractfile(member).read()
+
+
+class _Headers:
+    """The stream of a tar, from which little is read, and the rest passed over."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.left, self._stream = MAX_BETWEEN, stream
+        self.tell, self.seek, self.close = stream.tell, stream.seek, stream.close
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise RefusedFile(f"over {MAX_BETWEEN} bytes of names and other headers")
+        return self._stream.read(size)
 
 
 def _find_data(file: BinaryIO) -> None:
     """Go to the data in a package, an `ar` archive: a header of 60 bytes before each member, sizes made even."""
     while len(header := file.read(60)) == 60:
-        size = int(header[48:58])
         if header.startswith(b"data.tar"):
             return
-        file.seek(size + size % 2, 1)
+        size = header[48:58].rstrip()
+        if not size.isdigit():
+            raise InputError(f"{file.name}: a package with a member of {show(size)} bytes; get it again")
+        file.seek(int(size) + int(size) % 2, 1)
     raise InputError(f"{file.name}: a package without data; get it again")
 
 
@@ -122,7 +175,7 @@ def _decode_all(sounds: dict[str, bytes], folder: Path) -> list[str]:
             write_wav(path, _decode(name, sounds[name]), SAMPLING_RATE)
         return str(path)
 
-    with ThreadPoolExecutor() as pool:
+    with thread_pool() as pool:
         return list(terminal.bar(pool.map(decode, sounds), "asterisk", len(sounds), unit="clip"))
 
 

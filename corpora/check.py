@@ -4,14 +4,11 @@ Errors make a run fail or its figures meaningless; warnings are worth a look. Us
 silent and very short files: where the signal is constant, its density has no upper bound.
 """
 
-import csv
 import hashlib
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +16,11 @@ import numpy as np
 
 from audio import INT16_SCALE, read_wav, shortest_audio, wav_length
 from config import DataConfig
+from corpora.lists import write_table
 from corpora.spectrum import find_band_end, find_hum, power_frames
 from harness import terminal
-from harness.errors import InputError
-from harness.files import written_whole
+from harness.errors import InputError, one_line
+from harness.pools import thread_pool
 
 BLOCK = 2**20  # samples read at a time: memory does not grow with the clip
 CLIPPED_RUN = 3  # samples in a row at full scale; a single one may be a genuine peak
@@ -80,9 +78,9 @@ def inspect_corpus(
             _measure(clip, data_config.sampling_rate)
             _judge(clip, data_config, crop_context)
         except (InputError, OSError) as error:
-            clip.errors.append(str(error).removeprefix(f"{clip.file}: "))
+            clip.errors.append(str(error).removeprefix(one_line(f"{clip.file}: ")))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with thread_pool() as pool:
         for _ in terminal.bar(pool.map(inspect, clips), "check", total=len(clips), unit="clip"):
             pass
     _find_duplicates(clips)
@@ -221,12 +219,8 @@ def write_report(path: Path, clips: Sequence[ClipReport]) -> None:
     """One CSV row per clip."""
     columns = ("list", "file", "severity", "samples", "peak", "longest_constant", "clipped")
     columns += ("offset", "level", "hum", "band_end")
-    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*columns, "problems"])
-        for clip in clips:
-            problems = "; ".join(clip.errors + clip.warnings)
-            writer.writerow([*(getattr(clip, column) for column in columns), problems])
+    rows = ([*(getattr(clip, column) for column in columns), "; ".join(clip.errors + clip.warnings)] for clip in clips)
+    write_table(path, [[*columns, "problems"], *rows])
 
 
 def report_text(clips: Sequence[ClipReport]) -> str:

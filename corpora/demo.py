@@ -3,7 +3,6 @@
 import ctypes
 import os
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from audio import INT16_SCALE, wav_length, write_wav
 from corpora.lists import FileLists, write_lists
+from corpora.names import check_listable
 from harness import terminal
 from harness.errors import InputError
 from harness.files import written_whole
@@ -32,6 +32,7 @@ def make_demo_corpus(folder: str | Path, sentences: str | Path = SENTENCES) -> t
     The same sentences give the same samples wherever this runs.
     """
     folder = Path(folder)
+    check_listable(folder)
     text = [line for line in Path(sentences).read_text(encoding="utf-8").splitlines() if line]
     clips = [str(folder / "wavs" / f"demo_{number:03d}.wav") for number in range(1, len(text) + 1)]
     metadata = "".join(f"{Path(clip).stem}|{line}\n" for clip, line in zip(clips, text, strict=True))
@@ -59,11 +60,8 @@ def _is_finished(folder: Path, metadata: str, clips: Sequence[str]) -> bool:
 
 def _speak_clips(text: Sequence[str], clips: Sequence[str]) -> None:
     # In a process of its own: the C library gives the same samples again only from its first initialisation on.
-    with process_pool(1) as pool:
-        try:
-            spoken = pool.submit(speak, text).result()
-        except BrokenProcessPool:
-            raise InputError("espeak-ng crashed; reinstall the espeakng-loader package") from None
+    with process_pool(1, "espeak-ng crashed; reinstall the espeakng-loader package") as pool:
+        spoken = pool.submit(speak, text).result()
     noise = np.random.default_rng(0)
     for clip, samples in zip(clips, terminal.bar(spoken, desc="demo corpus", unit="clip"), strict=True):
         floor = noise.normal(0.0, NOISE_FLOOR, len(samples))

@@ -3,10 +3,13 @@
 Paths begin as the folder was given, so that they hold from the directory where the command was run.
 """
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from corpora.names import check_listable
 from harness.files import written_whole
 
 
@@ -31,10 +34,24 @@ class FileLists:
 def write_lists(
     folder: Path, train: Sequence[str], test: Sequence[str], valid: Sequence[str] | None = None
 ) -> FileLists:
-    """Write the paths of the clips, one per line, each list whole or not at all; valid_files.txt if it is given."""
+    """Write the paths of the clips, one per line, each list whole or not at all; valid_files.txt if it is given.
+
+    InputError where a list cannot hold one of them.
+    """
     clips = {"train": train, "test": test} | ({} if valid is None else {"valid": valid})
     paths = {name: folder / f"{name}_files.txt" for name in clips}
+    for clip in (clip for some in clips.values() for clip in some):
+        check_listable(clip)
     for name, path in paths.items():
         with written_whole(path) as temporary:
             temporary.write_text("".join(f"{clip}\n" for clip in clips[name]), encoding="utf-8")
     return FileLists(paths["train"], paths["test"], len(train), len(test), paths.get("valid"), len(valid or ()))
+
+
+def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV, whole or not at all; of names that are not UTF-8, bytes are written as escapes, as messages do."""
+    with (
+        written_whole(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        csv.writer(file).writerows(rows)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corpora.lists import FileLists, write_lists
+from corpora.names import check_listable
 from harness.downloads import RemoteArchive, damage_named, download, unpack
 from harness.errors import InputError
 from harness.files import read_text
@@ -40,6 +41,7 @@ def prepare_corpus(
     InputError says what is wrong with an archive or a copy; those are never changed or removed.
     """
     folder = Path(folder)
+    check_listable(folder if unpacked is None else unpacked)
     if unpacked is not None:
         source = Path(unpacked)
         source = source / corpus.folder if (source / corpus.folder).is_dir() else source

@@ -7,12 +7,9 @@ A take is one recording given, a clip one piece of it that is written. What beca
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +19,17 @@ from config import Config
 from corpora import splits
 from corpora.lists import FileLists, write_lists
 from corpora.loudness import gain, loudness
+from corpora.names import check_listable
 from corpora.recordings import Source, find_sources, read_recording
 from corpora.segments import find_segments
+from corpora.takes import MAX_NOTES_BYTES, Clip, Take, clip_names, read_notes, take_names
 from harness import terminal
 from harness.downloads import damage_named
-from harness.errors import InputError
+from harness.errors import InputError, one_line
 from harness.files import Appended, read_text, written_whole
+from harness.pools import thread_pool
 
 MIN_SECONDS = 0.3  # of a clip; what is shorter is no speech
-MAX_NOTES_BYTES = 2**28
 SILENT = 1e-4  # peak below which nothing can be heard, -80 dBFS
 
 
@@ -46,35 +45,6 @@ class Preparation:
     by_speaker: bool = False  # hold out whole speakers, the first folders of the paths, instead of some takes of each
 
 
-@dataclass
-class Clip:
-    """A clip that was written."""
-
-    name: str
-    samples: int
-    digest: str  # of its samples before dither: the same for copies in another format
-
-
-@dataclass
-class Take:
-    """A recording, what it was and what became of it; `problem` says why nothing did."""
-
-    path: str
-    below: str
-    stamp: str  # of the file and of the settings
-    name: str
-    speaker: str = ""
-    form: str = ""
-    rate: int = 0
-    seconds: float = 0.0
-    offset: float = 0.0
-    clipped: int = 0
-    loudness: float = -np.inf  # LUFS, as it was
-    problem: str = ""
-    clips: list[Clip] = field(default_factory=list)
-    used_as: str = ""  # its set
-
-
 def prepare(
     inputs: Sequence[str | Path], folder: Path, config: Config, how: Preparation
 ) -> tuple[list[Take], FileLists]:
@@ -82,6 +52,7 @@ def prepare(
 
     InputError where nothing of the recordings can be used, or the folder holds something else.
     """
+    check_listable(folder)
     if folder.is_dir() and os.listdir(folder) and not (folder / "takes.jsonl").is_file():
         raise InputError(f"{folder}: not empty, and no corpus that was prepared before; choose another folder")
     sources = [source for source in find_sources(inputs) if not source.path.resolve().is_relative_to(folder.resolve())]
@@ -108,8 +79,8 @@ def _wav(folder: Path, name: str) -> str:
 
 def _convert_all(sources: Sequence[Source], folder: Path, config: Config, how: Preparation) -> Iterator[Take]:
     """The takes in order, a few at once, those noted before and unchanged not again."""
-    known = _read_notes(folder)
-    names = _names(sources, known)
+    known = read_notes(folder / "takes.jsonl")
+    names = take_names(sources, known)
     notes = Appended(folder / "takes.jsonl")
 
     def convert(source: Source) -> Take:
@@ -117,7 +88,7 @@ def _convert_all(sources: Sequence[Source], folder: Path, config: Config, how: P
         earlier = known.get(str(source.path))
         if (
             earlier
-            and earlier.stamp == stamp
+            and (earlier.stamp, earlier.name) == (stamp, names[source])
             and all(Path(_wav(folder, clip.name)).is_file() for clip in earlier.clips)
         ):
             return earlier
@@ -125,20 +96,15 @@ def _convert_all(sources: Sequence[Source], folder: Path, config: Config, how: P
         try:
             _convert(take, folder, config, how)
         except (InputError, OSError) as error:
-            take.problem = str(error).removeprefix(f"{source.path}: ")
+            take.problem = str(error).removeprefix(one_line(f"{source.path}: "))
         return take
 
     try:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            try:
-                results = pool.map(convert, sources)
-                for take in terminal.bar(results, "prepare", len(sources), unit="take"):
-                    if known.get(take.path) is not take:
-                        notes.write(json.dumps(asdict(take)) + "\n")
-                    yield take
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with thread_pool() as pool:
+            for take in terminal.bar(pool.map(convert, sources), "prepare", len(sources), unit="take"):
+                if known.get(take.path) is not take:
+                    notes.write(json.dumps(asdict(take)) + "\n")
+                yield take
     finally:
         notes.close()
 
@@ -158,8 +124,7 @@ def _convert(take: Take, folder: Path, config: Config, how: Preparation) -> None
     shortest = max(round(MIN_SECONDS * rate), shortest_audio(config.data_config) + config.data_config.hop_length)
     pieces = find_segments(audio, rate, how.trim_db, how.max_seconds)
     pieces = [(first, last) for first, last in pieces if last - first >= shortest]
-    for number, (first, last) in enumerate(pieces, 1):
-        name = take.name if len(pieces) == 1 else f"{take.name}_{number:03d}"
+    for name, (first, last) in zip(clip_names(take.name, len(pieces)), pieces, strict=True):
         samples, digest = _to_16_bit(audio[first:last], name)
         write_wav(_wav(folder, name), torch.from_numpy(samples), rate)
         take.clips.append(Clip(name, last - first, digest))
@@ -186,36 +151,6 @@ def _stamp(path: Path, config: Config, how: Preparation) -> str:
     settings = (data.sampling_rate, data.filter_length, data.hop_length, how.trim_db, how.max_seconds, how.level)
     text = repr((status.st_size, status.st_mtime_ns, settings))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def _names(sources: Sequence[Source], known: Mapping[str, Take]) -> dict[Source, str]:
-    """A name for each source, from its path; one that is taken gets a hash behind it. Earlier names stay."""
-    names = {source: known[str(source.path)].name for source in sources if str(source.path) in known}
-    taken = {name.casefold() for name in names.values()}
-    for source in sources:
-        if source not in names:
-            plain = re.sub(r"[^\w.+-]", "_", "_".join(source.below.with_suffix("").parts)).strip("._") or "clip"
-            name = plain[:150]
-            if name.casefold() in taken or name != plain:
-                name += "_" + hashlib.blake2b(str(source.path).encode(), digest_size=4).hexdigest()
-            names[source] = name
-            taken.add(name.casefold())
-    return names
-
-
-def _read_notes(folder: Path) -> dict[str, Take]:
-    """Takes noted by earlier runs, by path; a line that was cut short by a crash is left out."""
-    notes = {}
-    if (folder / "takes.jsonl").is_file():
-        with damage_named(folder / "takes.jsonl", "cannot be read; remove it, its takes are made anew"):
-            lines = read_text(folder / "takes.jsonl", MAX_NOTES_BYTES, errors="replace").splitlines()
-        for line in lines:
-            try:
-                values: dict[str, Any] = json.loads(line)
-                notes[values["path"]] = Take(**{**values, "clips": [Clip(**clip) for clip in values["clips"]]})
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue
-    return notes
 
 
 # --- sets -------------------------------------------------------------------------------------------------
@@ -248,6 +183,7 @@ def _known_sets(path: Path) -> dict[str, str]:
         known = json.loads(read_text(path, MAX_NOTES_BYTES))
         if not isinstance(known, dict) or not all(name in splits.SETS for name in known.values()):
             raise ValueError(f"expected {', '.join(splits.SETS)} by name")
+        "".join(known).encode()  # half of a surrogate pair, which JSON can hold, could not be written again
     return known
 
 

@@ -1,16 +1,19 @@
 """Recordings of any kind as they are found: folders, files, lists; read whole, mono, at one rate, without offset."""
 
-import io
+import os
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from corpora.names import is_utf8
 from harness.downloads import damage_named
-from harness.errors import InputError
-from harness.files import open_file, read_bytes
+from harness.errors import InputError, show
+from harness.files import open_file
 from harness.lists import read_entries
 
 # Suffixes of recordings; libsndfile reads all but the last few, which are named with what to do about them.
@@ -19,9 +22,10 @@ KNOWN = {
     *("sph", "voc", "m4a", "aac", "mp4", "wma", "webm", "amr", "ape", "g722"),
 }
 LISTS = {"txt", "csv", "tsv", "lst", "scp", "jsonl", "json"}
-BLOCK = 2**20  # frames read at a time
+BLOCK = 2**20  # samples read at a time, of all channels
 MAX_HOURS = 6  # of one recording; it is held in memory at the new rate
 MAX_FILE_BYTES = 2**36  # six hours of many channels
+MAX_HEADER_BYTES = 2**20  # of such a wav, up to its samples
 MAX_STREAMED_BYTES = 2**32  # of a wav whose header was written before its length was known, the most that wavs can have
 STEP = 2.0**-15  # of 16-bit audio
 CLIPPED_RUN = 3  # samples in a row at full scale; a single one may be a genuine peak
@@ -56,7 +60,10 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     found: dict[Path, Source] = {}
     for given in map(Path, inputs):
         for source in _sources_of(given):
-            found.setdefault(source.path.resolve(), source)
+            try:
+                found.setdefault(source.path.resolve(), source)
+            except ValueError:  # a null byte, or half of a surrogate pair
+                raise InputError(f"{given}: {show(str(source.path))} is no name of a file; mend the list") from None
     if not found:
         raise InputError(f"{', '.join(map(str, inputs))}: no recordings there; known are {', '.join(sorted(KNOWN))}")
     return list(found.values())
@@ -85,9 +92,11 @@ def read_recording(path: Path, rate: int) -> Recording:
     """A whole recording, its channels averaged. InputError names a file that cannot be read, or is too long."""
     import soundfile
 
+    if not is_utf8(path):
+        raise InputError(f"{path}: its name is not UTF-8; rename it")
     with damage_named(path, f"cannot be read; if it plays, convert it: ffmpeg -i {path} converted.wav"):
         _check_beginning(path)
-        with soundfile.SoundFile(path if soundfile.info(path).frames else _mended(path)) as file:
+        with _mended(path) as mended, soundfile.SoundFile(mended or path) as file:
             if file.frames > MAX_HOURS * 3600 * file.samplerate and file.frames < 2**40:
                 raise InputError(f"{path}: over {MAX_HOURS} hours; cut it into parts")
             return _read(file, path, rate)
@@ -107,7 +116,7 @@ def _read(file: "soundfile.SoundFile", path: Path, rate: int) -> Recording:  # n
 
     resample = soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32") if file.samplerate != rate else None
     parts, total, frames, clipped = [], 0.0, 0, _Clipped()
-    while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+    while len(block := file.read(max(1, BLOCK // file.channels), dtype="float32", always_2d=True)):
         if not np.isfinite(block).all():
             raise InputError(f"{path}: holds NaN or infinite samples")
         clipped.add(np.abs(block).max(axis=1) >= 1 - STEP)
@@ -127,13 +136,37 @@ def _read(file: "soundfile.SoundFile", path: Path, rate: int) -> Recording:  # n
     return Recording(audio, f"{file.format} {file.subtype}{channels}", file.samplerate, offset, clipped.total)
 
 
-def _mended(path: Path) -> io.BytesIO:
-    """A file without frames; if it is a wav written into a pipe, with what its header promises put right."""
-    content = bytearray(read_bytes(path, MAX_STREAMED_BYTES))
-    if content[:4] == b"RIFF" and (data := content.find(b"data", 12)) > 0 and not any(content[data + 4 : data + 8]):
-        content[4:8] = struct.pack("<L", len(content) - 8)
-        content[data + 4 : data + 8] = struct.pack("<L", len(content) - data - 8)
-    return io.BytesIO(content)
+@contextmanager
+def _mended(path: Path) -> Iterator["_Mended | None"]:
+    """A wav without frames, as one written into a pipe is, with what its header promises put right; None of others."""
+    import soundfile
+
+    if soundfile.info(path).frames:
+        yield None
+        return
+    with open_file(path, MAX_STREAMED_BYTES) as file:
+        header, size = bytearray(file.read(MAX_HEADER_BYTES)), os.fstat(file.fileno()).st_size
+        data = header.find(b"data", 12)
+        if header[:4] != b"RIFF" or data < 0 or any(header[data + 4 : data + 8]):
+            yield None
+            return
+        header[4:8], header[data + 4 : data + 8] = struct.pack("<L", size - 8), struct.pack("<L", size - data - 8)
+        file.seek(0)
+        yield _Mended(file, bytes(header[: data + 8]))
+
+
+class _Mended:
+    """A file with another beginning, as libsndfile asks for it."""
+
+    def __init__(self, file: BinaryIO, beginning: bytes) -> None:
+        self._file, self._beginning = file, beginning
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, fewer at the end."""
+        before = self._beginning[self.tell() :][:size]
+        content = self._file.read(size)
+        return before + content[len(before) :]
 
 
 class _Clipped:

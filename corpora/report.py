@@ -1,6 +1,5 @@
 """Report on a corpus by `python data.py prepare`."""
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,9 +9,9 @@ import torch
 
 from audio import LOG_FLOOR, MelSpectrogram, read_wav, shortest_audio
 from config import DataConfig
-from corpora.prepare import Take
+from corpora.lists import write_table
 from corpora.splits import SETS
-from harness.files import written_whole
+from corpora.takes import Take
 
 MEASURED = 100  # clips, at most, whose mels are measured
 SHOWN = 20  # problems printed; the CSV has them all
@@ -22,11 +21,8 @@ NOTICED_OFFSET = 1e-3  # of full scale
 def write_report(path: Path, takes: Sequence[Take]) -> None:
     """One CSV row per take."""
     columns = ("path", "used_as", "form", "rate", "seconds", "offset", "clipped", "loudness", "problem")
-    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*columns, "clips"])
-        for take in takes:
-            writer.writerow([*(getattr(take, column) for column in columns), " ".join(c.name for c in take.clips)])
+    rows = ([*(getattr(take, column) for column in columns), " ".join(c.name for c in take.clips)] for take in takes)
+    write_table(path, [[*columns, "clips"], *rows])
 
 
 def report_text(folder: Path, takes: Sequence[Take], data: DataConfig) -> str:

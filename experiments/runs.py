@@ -198,7 +198,10 @@ def _results(runs: Sequence[Run], work: Path, jobs: int) -> Iterator[Result]:
         yield from (run_one(run, work) for run in runs)
         return
     threads = max(1, torch.get_num_threads() // jobs)
-    with process_pool(jobs, "spawn", torch.set_num_threads, (threads,)) as pool:  # what they did is in checkpoints
+    died = "the process of a run died, as when memory runs out; go on with the same command, and fewer --jobs"
+    with process_pool(
+        jobs, died, "spawn", torch.set_num_threads, (threads,)
+    ) as pool:  # what they did is in checkpoints
         for future in as_completed([pool.submit(run_one, run, work) for run in runs]):
             yield future.result()
 

@@ -1,14 +1,19 @@
-"""Processes that work for this one: they leave Ctrl-C to it, and end when it does not wait for them."""
+"""Processes and threads that work for this one: they leave Ctrl-C to it, and end when it does not wait for them."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from typing import Any
+
+from harness.errors import InputError
+
+MOST_THREADS = 8
 
 
 @contextmanager
@@ -38,17 +43,38 @@ class _Pool(ProcessPoolExecutor):
 
 @contextmanager
 def process_pool(
-    n: int, method: str | None = None, initializer: Callable[..., Any] | None = None, arguments: tuple[Any, ...] = ()
+    n: int,
+    if_one_dies: str,
+    method: str | None = None,
+    initializer: Callable[..., Any] | None = None,
+    arguments: tuple[Any, ...] = (),
 ) -> Iterator[ProcessPoolExecutor]:
     """Context of a pool of n processes. They leave Ctrl-C to this one, and SIGTERM ends them; by an exception they are
     killed, whatever they are at, and they end when this one is killed.
+
+    if_one_dies: what the InputError says then, with what to do.
     """
     with _Pool(n, multiprocessing.get_context(method), _begin, (initializer, *arguments)) as pool:
         try:
             yield pool
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             end_children()
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(if_one_dies) from None
+            raise
+
+
+@contextmanager
+def thread_pool() -> Iterator[ThreadPoolExecutor]:
+    """Context of a pool of some threads; by an exception, Ctrl-C while tasks are handed in too, what none of them has
+    begun is left.
+    """
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 

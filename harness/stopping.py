@@ -61,7 +61,8 @@ def _in_one_line(error: Exception) -> InputError:
     # torch has no class of its own for the memory of the CPU
     lack = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
     if lack and isinstance(error, (MemoryError, RuntimeError)):
-        return InputError(f"out of memory ({' '.join(str(error).split())[:120]}); choose smaller sizes")
+        said = " ".join(str(error).split())[:120]
+        return InputError(f"out of memory{f' ({said})' if said else ''}; choose smaller sizes")
     raise error
 
 

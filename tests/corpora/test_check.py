@@ -1,6 +1,7 @@
 """--check_data: what is found in a corpus, and what the command says of it."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from audio import write_wav
 from config import DataConfig
-from corpora.check import SHOWN, _LongestRun, inspect_corpus, report_text
+from corpora.check import SHOWN, _LongestRun, inspect_corpus, report_text, write_report
 from corpora.spectrum import find_band_end, power_frames
 from tests.support.experiments import RATE, run
 from tests.support.speech import speech
@@ -195,3 +196,15 @@ def test_levels_and_texts_unlike_those_of_the_others_are_named(tmp_path):
     assert set(named) == {files[3], files[5]}
     assert named[files[3]][0].startswith("level -60 dB, the middle one is -20")
     assert named[files[5]][0].startswith("147 characters a second, the middle is 24")
+
+
+@pytest.mark.parametrize("name", ["\udcff.wav", "none\udcff.wav", "\ud800.wav"], ids=repr)
+def test_a_name_that_is_not_utf8_stands_in_the_table(tmp_path, name):
+    write_wav(tmp_path / "good.wav", noise(6_000), RATE)
+    (tmp_path / "\udcff.wav").write_bytes((tmp_path / "good.wav").read_bytes())
+    clips = inspect_corpus([str(tmp_path / "good.wav")], [str(tmp_path / name)], DATA)
+    write_report(tmp_path / "report.csv", clips)
+    rows = list(csv.DictReader((tmp_path / "report.csv").read_text(encoding="utf-8").splitlines()))
+    assert [Path(row["file"]).name for row in rows] == ["good.wav", repr(name)[1:-1]]
+    assert [row["severity"] for row in rows] == ["ok", "error"]
+    assert report_text(clips)

@@ -1,7 +1,13 @@
 """`python data.py prepare`: odd recordings in, a corpus to train on out."""
 
+import csv
 import itertools
 import json
+import os
+import reprlib
+import shutil
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +16,14 @@ import soundfile
 
 import data
 from audio import read_wav
+from corpora import recordings as recordings_room
 from corpora.loudness import gain, loudness
-from corpora.recordings import read_recording
+from corpora.recordings import Source, read_recording
 from corpora.segments import find_segments
 from corpora.splits import assign, fraction_of
+from corpora.takes import clip_names, read_notes, take_names
 from data import read_file_list
+from harness.errors import InputError
 from tests.support.experiments import RATE, write_config
 from tests.support.odd_recordings import write_odd_recordings
 from tests.support.speech import speech
@@ -93,6 +102,77 @@ def test_a_second_run_does_what_is_new_and_leaves_the_split(recordings, template
     assert (out / "wavs" / "x_new.wav").is_file()
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A corpus of one take in two pieces and one in one, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("prepared")
+    template = write_config(folder / "template.json", folder, folder / "runs", data_config__test_files="none")
+    (folder / "in").mkdir()
+    long = np.concatenate([speech(0.7, RATE, 110), np.zeros(2_000), speech(0.7, RATE, 130)])
+    for name, audio in (("long", long), ("one", speech(0.6, RATE, 150))):
+        soundfile.write(folder / "in" / f"{name}.wav", audio, RATE)
+    assert prepare(template, folder / "in", folder / "out", "--max_seconds", 1) == 0
+    return template, folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"name": name} for name in ("../../escaped", "/escaped", "..", "", "a/b", "one_1", "long\n", 5, None, [])),
+        *({"below": below} for below in (".", "", "../../x.wav", None, [], 5)),
+        *({key: value} for key in ("rate", "clipped") for value in ([], "1", None, -1, 1.5, 10**400)),
+        *({key: value} for key in ("offset", "seconds", "loudness") for value in ("q", None, [], 10**400)),
+        *({"seconds": value} for value in (float("nan"), float("inf"))),
+        *({"clips": clips} for clips in (5, None, {}, [5], [{}], [[]])),
+        *({"problem": 5}, {"path": 5}, {"stamp": None}, {"speaker": []}, {"form": 1}, {"used_as": {}}, {"more": 1}),
+        *({"clip": {"name": name}} for name in ("../../../wavs/c0", "/escaped", "two", "long_002", 5, None, "")),
+        *({"clip": {"samples": value}} for value in ("x", None, -1, 1.5, 10**400, True)),
+        *({"clip": {"digest": value}} for value in ([], {}, None, 5)),
+        {"clip": {"more": 1}},
+    ],
+    ids=reprlib.repr,
+)
+def test_a_note_that_no_run_wrote_is_left_out(prepared, tmp_path, changes):
+    _, folder = prepared
+    notes = [json.loads(line) for line in (folder / "out" / "takes.jsonl").read_text().splitlines()]
+    assert [Path(path).stem for path in read_notes(folder / "out" / "takes.jsonl")] == ["long", "one"]
+    for note in notes:
+        note["clips"][0] |= changes.get("clip", {})
+        note |= {key: value for key, value in changes.items() if key != "clip"}
+    lines = [*map(json.dumps, notes), "null", "[]", "5", "[" * 9_999, '{"path": "cut sho']
+    (tmp_path / "takes.jsonl").write_text("\n".join(lines))
+    assert read_notes(tmp_path / "takes.jsonl") == {}
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/escaped", "other"])
+def test_clips_go_nowhere_else_whatever_is_noted(prepared, name):
+    template, folder = prepared
+    files, notes = set(folder.rglob("*")), folder / "out" / "takes.jsonl"
+    note = {**json.loads(notes.read_text().splitlines()[0]), "name": name, "stamp": "another"}
+    notes.write_text(json.dumps(note) + "\n")
+    assert prepare(template, folder / "in", folder / "out", "--max_seconds", 1) == 0
+    assert set(folder.rglob("*")) == files
+    assert [Path(path).stem for path in read_notes(notes)] == ["long", "one"]
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["a.wav", "A.wav", "a.flac", "sub/a.wav", "sub_a.wav"],
+        ["x_001.wav", "x.wav", "x/002.wav", "x_003_001.wav", "x_003.wav"],
+        ["é" * 149 + "1.wav", "é" * 149 + "2.wav", "語" * 80 + "1.wav", "語" * 80 + "2.wav"],
+        ["...wav", "_.wav", "../../b.wav", "/b.wav", "\udcff.wav", "a\nb.wav", "a|b.wav"],
+    ],
+)
+def test_no_two_takes_have_the_clips_of_one_name(paths):
+    sources = [Source(Path("in", path), Path(path)) for path in paths]
+    for order in (sources, sources[::-1]):
+        names = list(take_names(order, {}).values())
+        clips = [clip.casefold() for name in names for pieces in (1, 3) for clip in clip_names(name, pieces)]
+        assert len(set(clips)) == len(clips) == 4 * len(paths)
+        assert all(len(os.fsencode(f".{clip}.wav.1234567.tmp")) < 256 and Path(clip).name == clip for clip in clips)
+
+
 def test_16_bit_audio_at_the_rate_is_not_touched(template, tmp_path):
     samples = np.random.default_rng(0).integers(-9_000, 9_000, 20_000).astype(np.int16)
     samples -= np.int16(samples.mean().round())
@@ -139,7 +219,85 @@ def test_what_cannot_be_prepared_is_named(template, tmp_path, monkeypatch, capsy
     assert message.startswith("error: ") and words in message
 
 
+def test_recordings_whose_names_are_not_utf8_are_left_out(template, tmp_path, capsys):
+    names = ["plain", "\udcff", "\udcfe", "a\udc80/b"]
+    for number, name in enumerate(names):
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "good.wav", speech(0.6, RATE, 100 + number), RATE)
+        (tmp_path / "good.wav").rename(tmp_path / "own" / f"{name}.wav")
+    for _ in range(2):
+        assert prepare(template, tmp_path / "own", tmp_path / "out") == 0
+        said = capsys.readouterr()
+        assert r"left out: " in said.out and r"own/\udcff.wav: its name is not UTF-8; rename it" in said.out
+        rows = list(csv.DictReader((tmp_path / "out" / "report.csv").read_text(encoding="utf-8").splitlines()))
+        assert [row["problem"] for row in rows if row["clips"]] == [""]
+        assert [row["problem"] for row in rows if not row["clips"]] == ["its name is not UTF-8; rename it"] * 3
+    assert prepare(template, tmp_path / "own" / "\udcff.wav", tmp_path / "none") == 1
+    assert capsys.readouterr().err.endswith("\\udcff.wav: its name is not UTF-8; rename it\n")
+
+
+@pytest.mark.parametrize("name", ["a\0b.wav", "\ud800.wav"], ids=repr)
+def test_a_list_that_names_no_file_is_refused(template, tmp_path, capsys, name):
+    (tmp_path / "list.jsonl").write_text(json.dumps({"audio": name}))
+    assert prepare(template, tmp_path / "list.jsonl", tmp_path / "out") == 1
+    message = capsys.readouterr().err
+    assert "list.jsonl: " in message and "is no name of a file; mend the list" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("sets", ["[]", "5", '{"a": "other"}', '{"a": []}', '{"\\ud800": "train"}', "{", "\udcff"])
+def test_a_damaged_split_is_said_in_one_line(prepared, tmp_path, capsys, sets):
+    template, folder = prepared
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "out" / "split.json").write_bytes(os.fsencode(sets))
+    assert prepare(template, folder / "in", tmp_path / "copy" / "out", "--max_seconds", 1) == 1
+    message = capsys.readouterr().err
+    assert "split.json: holds no sets of takes" in message and message.count("\n") == 1
+
+
 # --- the parts
+
+
+@pytest.mark.parametrize("channels", [1, 3, 200])
+def test_a_recording_is_read_by_blocks_of_so_many_samples(tmp_path, monkeypatch, channels):
+    """Whatever its channels; what it becomes does not depend on that."""
+    sound = np.random.default_rng(0).normal(0, 0.1, (3_000, channels))
+    soundfile.write(tmp_path / "a.wav", sound, 16_000, "FLOAT")
+    whole, read, sizes = read_recording(tmp_path / "a.wav", RATE), soundfile.SoundFile.read, []
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *given, **options: noted(read(*given, **options)))
+
+    def noted(block):
+        sizes.append(block.size)
+        return block
+
+    monkeypatch.setattr(recordings_room, "BLOCK", 1_000)
+    parts = read_recording(tmp_path / "a.wav", RATE)
+    assert max(sizes) <= 1_000 and sum(sizes) == sound.size
+    assert np.allclose(parts.audio, whole.audio, atol=1e-6)
+
+
+def streamed(path, samples, rate=8_000, bits=8, data=0, more=b""):
+    """A wav as it comes out of a pipe, of zeros that take no disk."""
+    block = bits // 8
+    form = struct.pack("<4sLHHLLHH", b"fmt ", 16, 1, 1, rate, rate * block, block, bits)
+    path.write_bytes(b"RIFF" + bytes(4) + b"WAVE" + form + more + b"data" + struct.pack("<L", data))
+    os.truncate(path, path.stat().st_size + samples * block)
+    return path
+
+
+def test_a_streamed_recording_is_not_held_to_be_mended(tmp_path):
+    """Nor is one that is too long."""
+    take = (speech(0.9, RATE, 110) * 2**15).astype("<i2")
+    path = streamed(tmp_path / "a.wav", 0, RATE, 16, more=b"LIST" + struct.pack("<L", 4) + b"odds")
+    with open(path, "ab") as file:
+        file.write(take.tobytes())
+    assert np.allclose(read_recording(path, RATE).audio, take / 2**15, atol=2e-3)
+    assert len(read_recording(path, RATE).audio) == len(take)
+    long = streamed(tmp_path / "long.wav", 2**32 - 99)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"long\.wav: over 6 hours; cut it into parts"):
+        read_recording(long, RATE)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_an_offset_is_removed_and_channels_are_averaged(tmp_path):

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 
-from harness.pools import process_pool, signals_left_to_this_process
+from harness.errors import InputError
+from harness.pools import MOST_THREADS, process_pool, signals_left_to_this_process, thread_pool
 from tests.support.experiments import ROOT
 
 COMMAND = """
@@ -21,7 +21,7 @@ from harness.pools import process_pool
 from harness.stopping import exit_status
 
 def job():
-    with process_pool(2, {method!r}) as pool:
+    with process_pool(2, "died", {method!r}) as pool:
         tasks = [pool.submit(time.sleep, 600) for _ in range(2)]
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         [task.result() for task in tasks]
@@ -63,8 +63,12 @@ def test_processes_at_work_end_with_a_command_that_is_ended_or_killed(tmp_path, 
     os.kill(process.pid, number)
     process.communicate(timeout=60)  # to the end of stderr, which those at work hold, too
     assert process.returncode == -number
-    deadline = time.monotonic() + 60
-    while any(map(_lives, children)):
+    _assert_ending(children)
+
+
+def _assert_ending(numbers):
+    deadline, numbers = time.monotonic() + 60, list(numbers)
+    while any(map(_lives, numbers)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -77,10 +81,10 @@ def _lives(number: int) -> bool:
 
 
 def test_a_pool_gives_results_and_an_exception_does_not_wait_for_it():
-    with process_pool(1) as pool:
+    with process_pool(1, "died") as pool:
         assert list(pool.map(abs, [-1, 2])) == [1, 2]
     began = time.monotonic()
-    with pytest.raises(ZeroDivisionError), process_pool(1) as pool:
+    with pytest.raises(ZeroDivisionError), process_pool(1, "died") as pool:
         pool.submit(time.sleep, 600)
         raise ZeroDivisionError
     assert time.monotonic() - began < 60
@@ -90,9 +94,10 @@ def test_a_pool_gives_results_and_an_exception_does_not_wait_for_it():
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_every_process_of_a_pool_leaves_ctrl_c_to_this_one_from_its_start(method):
     """Those that a later task starts, too."""
-    with process_pool(3, method) as pool:
+    dying = set(multiprocessing.active_children())
+    with process_pool(3, "died", method) as pool:
         tasks = [pool.submit(time.sleep, 1) for _ in range(5)]
-        children = multiprocessing.active_children()
+        children = set(multiprocessing.active_children()) - dying
         assert len(children) == 3
         for child in children:
             status = Path(f"/proc/{child.pid}/status").read_text()
@@ -101,13 +106,43 @@ def test_every_process_of_a_pool_leaves_ctrl_c_to_this_one_from_its_start(method
         [task.result() for task in tasks]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_sigterm_ends_the_processes_of_a_pool(method):
-    with pytest.raises(BrokenProcessPool), process_pool(1, method) as pool:
-        task = pool.submit(time.sleep, 600)
-        [child] = multiprocessing.active_children()
-        child.terminate()
-        task.result(timeout=60)
+def test_a_process_that_dies_is_said_in_one_line(method, number):
+    """And the others end."""
+    with pytest.raises(InputError, match="it died; do this"), process_pool(2, "it died; do this", method) as pool:
+        tasks = [pool.submit(time.sleep, 600) for _ in range(2)]
+        children = sorted(multiprocessing.active_children(), key=lambda child: child.pid)
+        os.kill(children[0].pid, number)
+        tasks[1].result(timeout=60)
+    _assert_ending(child.pid for child in children)
+
+
+def test_threads_leave_what_they_have_not_begun():
+    """By Ctrl-C while tasks are handed in, too."""
+    done = []
+
+    def work(number):
+        time.sleep(0.05)
+        done.append(number)
+
+    def interrupted(numbers):
+        yield from numbers
+        raise KeyboardInterrupt
+
+    with thread_pool() as pool:
+        assert list(pool.map(abs, [-1, 2])) == [1, 2]
+    with pytest.raises(KeyboardInterrupt), thread_pool() as pool:
+        pool.map(work, interrupted(range(600)))
+    assert len(done) <= MOST_THREADS
+
+
+def test_no_room_has_a_pool_of_its_own():
+    own = ("ThreadPoolExecutor", "ProcessPoolExecutor", "BrokenProcessPool", "multiprocessing.Pool")
+    rooms = [
+        path for path in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")) if path.parent.name not in ("tests", "harness")
+    ]
+    assert not [path for path in rooms if any(name in path.read_text(encoding="utf-8") for name in own)]
 
 
 def test_signals_come_behind_the_context_and_not_to_those_begun_in_it():

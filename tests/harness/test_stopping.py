@@ -136,7 +136,8 @@ def test_errors_become_one_line_and_a_status(capsys):
                   RuntimeError("DefaultCPUAllocator: can't allocate memory")):  # fmt: skip
         capsys.readouterr()
         assert exit_status(raises(error)) == 1
-        assert capsys.readouterr().err.startswith("error: ")
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("\n") == 1 and "()" not in message
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         exit_status(raises(RuntimeError("a mistake of ours")))
 
