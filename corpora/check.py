@@ -16,10 +16,10 @@ import numpy as np
 
 from audio import INT16_SCALE, read_wav, shortest_audio, wav_length
 from config import DataConfig
-from corpora.lists import write_table
 from corpora.spectrum import find_band_end, find_hum, power_frames
 from harness import terminal
 from harness.errors import InputError, one_line
+from harness.files import write_table
 from harness.pools import thread_pool
 
 BLOCK = 2**20  # samples read at a time: memory does not grow with the clip

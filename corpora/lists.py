@@ -3,11 +3,9 @@
 Paths begin as the folder was given, so that they hold from the directory where the command was run.
 """
 
-import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from corpora.names import check_listable
 from harness.files import written_whole
@@ -46,12 +44,3 @@ def write_lists(
         with written_whole(path) as temporary:
             temporary.write_text("".join(f"{clip}\n" for clip in clips[name]), encoding="utf-8")
     return FileLists(paths["train"], paths["test"], len(train), len(test), paths.get("valid"), len(valid or ()))
-
-
-def write_table(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV, whole or not at all; of names that are not UTF-8, bytes are written as escapes, as messages do."""
-    with (
-        written_whole(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        csv.writer(file).writerows(rows)

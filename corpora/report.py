@@ -9,9 +9,9 @@ import torch
 
 from audio import LOG_FLOOR, MelSpectrogram, read_wav, shortest_audio
 from config import DataConfig
-from corpora.lists import write_table
 from corpora.splits import SETS
 from corpora.takes import Take
+from harness.files import write_table
 
 MEASURED = 100  # clips, at most, whose mels are measured
 SHOWN = 20  # problems printed; the CSV has them all

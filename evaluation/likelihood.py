@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 
 from data import ClipDataset
 from evaluation.tiles import likelihood_in_tiles
-from formats.tables import write_table
 from harness import terminal
 from harness.devices import exact_convolutions
+from harness.files import write_table
 from harness.stopping import safe_point
 from model import FlowVocoder
 from modules import gaussian_log_density
@@ -63,7 +63,7 @@ def summarise_lists(clips: Sequence[ClipLikelihood], lists: Mapping[str, Sequenc
 
 def write_likelihoods(path: Path, clips: Sequence[ClipLikelihood]) -> None:
     """One CSV row per clip."""
-    write_table(path, ClipLikelihood._fields, clips)
+    write_table(path, [ClipLikelihood._fields, *clips])
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from audio import MelSpectrogram, resample
 from evaluation.distance import intelligibility, log_mel_distance
-from formats.tables import write_table
+from harness.files import write_table
 from harness.stopping import uninterrupted
 
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))  # FFT, hop, window of Parallel WaveGAN
@@ -194,4 +194,4 @@ def table(found: Mapping[str, Mapping[str, Mean]]) -> str:
 def write_metrics(path: Path, clips: Sequence[ClipMetrics]) -> None:
     """One CSV row per system and clip."""
     rows = ([clip.system, clip.clip, *clip.values.values()] for clip in clips)
-    write_table(path, ["system", "clip", *clips[0].values], rows)
+    write_table(path, [["system", "clip", *clips[0].values], *rows])

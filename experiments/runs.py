@@ -36,7 +36,7 @@ from harness.checkpoints import (
 )
 from harness.devices import fast_bfloat16
 from harness.errors import InputError
-from harness.files import read_text, written_table, written_whole
+from harness.files import read_text, write_table, written_whole
 from harness.pools import process_pool
 from harness.training_state import is_number, require
 from training.optimisation import MovingAverage, rate_factor
@@ -166,9 +166,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def add_result(path: Path, result: Result) -> None:
     """Write a row beneath the others; the table is there whole at any moment."""
     rows = [*read_results(path).values(), result]
-    with written_table(path) as table:
-        table.writerow(field.name for field in fields(Result))
-        table.writerows(map(_shown, asdict(row).values()) for row in rows)
+    columns = [field.name for field in fields(Result)]
+    write_table(path, [columns, *(map(_shown, asdict(row).values()) for row in rows)])
 
 
 def _shown(value: Any) -> Any:

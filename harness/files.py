@@ -6,7 +6,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,12 +112,11 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
-@contextmanager
-def written_table(path: str | Path) -> Iterator[Any]:
-    """Yield the writer of a csv file that appears whole; what is no text, in names of another encoding, is escaped."""
+def write_table(path: str | Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file, whole or not at all; of names that are not UTF-8, bytes become escapes, as in messages."""
     escaped = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with written_whole(path) as temporary, open(temporary, "w", **escaped) as file:
-        yield csv.writer(file, lineterminator="\n")
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.errors import InputError
-from harness.files import written_table
+from harness.files import write_table
 from harness.memory import require_memory
 from harness.processes import rank, world_size
 from harness.stopping import safe_point
@@ -88,10 +88,12 @@ def bits_per_dim(
 
 def write_bits(path: Path, bits: dict[str, tuple[np.ndarray, Split]]) -> None:
     """One CSV row per image: dataset, image by its name or number, bits per dimension."""
-    with written_table(path) as table:
-        table.writerow(("dataset", "image", "bits_per_dim"))
-        for name, (values, split) in bits.items():
-            table.writerows((name, split.name(index), f"{value:.6f}") for index, value in enumerate(values))
+    rows = (
+        (name, split.name(index), f"{value:.6f}")
+        for name, (values, split) in bits.items()
+        for index, value in enumerate(values)
+    )
+    write_table(path, [("dataset", "image", "bits_per_dim"), *rows])
 
 
 class Reconstruction(NamedTuple):

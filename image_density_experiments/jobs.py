@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harness import terminal
 from harness.errors import InputError
-from harness.files import written_table
+from harness.files import write_table
 from harness.processes import gather, is_main
 from image_density_experiments import quality
 from image_density_experiments.checkpoint import Checkpoint
@@ -235,8 +235,7 @@ def measure_quality(options: Options, device: torch.device) -> int:
         )
     if min(len(real), n) <= result.n_features:
         terminal.warn(f"fewer images than the {result.n_features} features: FID is far too large; compare KID")
-    with written_table(job.folder / "quality.csv") as table:
-        table.writerow(("temperature", "fid", "kid", "kid_std", "n_features", "n_test", "n_samples"))
-        table.writerows(rows)
+    columns = ("temperature", "fid", "kid", "kid_std", "n_features", "n_test", "n_samples")
+    write_table(job.folder / "quality.csv", [columns, *rows])
     terminal.say(f"files: {job.folder}")
     return 0

@@ -11,7 +11,7 @@ import pytest
 
 import checkpoint as ckpt
 from harness import files
-from harness.files import Appended, read_text, remove_debris, written_table, written_whole
+from harness.files import Appended, read_text, remove_debris, write_table, written_whole
 from tests.support.experiments import fails, losses, run
 
 
@@ -53,8 +53,7 @@ def test_a_name_too_long_is_that_of_the_file_and_not_of_what_is_written_beside_i
 def test_a_table_takes_any_name(tmp_path):
     """Names in another encoding, of control characters, of what csv quotes; the table is text in UTF-8."""
     names = ["x\udcff.wav", "a,b", 'q"', "line\nend", "\x1b[31m", "ü", ""]
-    with written_table(tmp_path / "table.csv") as table:
-        table.writerows((name, 1) for name in names)
+    write_table(tmp_path / "table.csv", ((name, 1) for name in names))
     rows = list(csv.reader(io.StringIO(read_text(tmp_path / "table.csv", 2**20))))
     assert [name for name, _ in rows] == ["x\\udcff.wav", *names[1:]]
 
