@@ -11,9 +11,10 @@ from typing import BinaryIO
 import numpy as np
 
 from corpora.names import is_utf8
+from formats.sounds import open_sound
 from harness.downloads import damage_named
 from harness.errors import InputError, show
-from harness.files import open_file
+from harness.files import RefusedFile, open_file
 from harness.lists import read_entries
 
 # Suffixes of recordings; libsndfile reads all but the last few, which are named with what to do about them.
@@ -90,13 +91,11 @@ def _suffix(path: Path) -> str:
 
 def read_recording(path: Path, rate: int) -> Recording:
     """A whole recording, its channels averaged. InputError names a file that cannot be read, or is too long."""
-    import soundfile
-
     if not is_utf8(path):
         raise InputError(f"{path}: its name is not UTF-8; rename it")
     with damage_named(path, f"cannot be read; if it plays, convert it: ffmpeg -i {path} converted.wav"):
         _check_beginning(path)
-        with _mended(path) as mended, soundfile.SoundFile(mended or path) as file:
+        with _opened(path) as file:
             if file.frames > MAX_HOURS * 3600 * file.samplerate and file.frames < 2**40:
                 raise InputError(f"{path}: over {MAX_HOURS} hours; cut it into parts")
             return _read(file, path, rate)
@@ -137,22 +136,23 @@ def _read(file: "soundfile.SoundFile", path: Path, rate: int) -> Recording:  # n
 
 
 @contextmanager
-def _mended(path: Path) -> Iterator["_Mended | None"]:
-    """A wav without frames, as one written into a pipe is, with what its header promises put right; None of others."""
+def _opened(path: Path) -> Iterator["soundfile.SoundFile"]:  # noqa: F821 (imported when needed)
+    """A sound file; a wav without frames, as one written into a pipe is, with what its header promises put right."""
     import soundfile
 
-    if soundfile.info(path).frames:
-        yield None
-        return
+    with open_sound(path) as sound:
+        if sound.frames:
+            yield sound
+            return
     with open_file(path, MAX_STREAMED_BYTES) as file:
         header, size = bytearray(file.read(MAX_HEADER_BYTES)), os.fstat(file.fileno()).st_size
         data = header.find(b"data", 12)
         if header[:4] != b"RIFF" or data < 0 or any(header[data + 4 : data + 8]):
-            yield None
-            return
+            raise RefusedFile("it holds no samples")
         header[4:8], header[data + 4 : data + 8] = struct.pack("<L", size - 8), struct.pack("<L", size - data - 8)
         file.seek(0)
-        yield _Mended(file, bytes(header[: data + 8]))
+        with soundfile.SoundFile(_Mended(file, bytes(header[: data + 8]))) as sound:
+            yield sound
 
 
 class _Mended:

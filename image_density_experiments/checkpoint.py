@@ -142,11 +142,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     weights = checkpoint["model"]
     if not isinstance(weights, Mapping) or not weights:
         raise InputError(f"checkpoint {path}: holds no weights; expected a file written by train.py, or a state dict")
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
+    if not checkpoints.are_named_tensors(weights):
         raise InputError(f"checkpoint {path}: its weights are not named tensors; expected a state dict")
-    for name, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise InputError(f"checkpoint {path}: {name} is not finite, its run had diverged; use an earlier one")
+    if spoilt := checkpoints.not_finite(weights):
+        raise InputError(f"checkpoint {path}: {spoilt} is not finite, its run had diverged; use an earlier one")
     for name in ("iteration", "epoch"):
         if name in checkpoint and not is_count(checkpoint[name]):
             raise InputError(f"checkpoint {path}: {name!r} is {show(checkpoint[name])}, expected a whole number")
