@@ -16,7 +16,7 @@ def plain_name(parts: Sequence[str]) -> str:
 
 
 def is_utf8(path: str | Path) -> bool:
-    """Whether a path is text, as lists and the libraries that read sounds want it."""
+    """Tell whether a path is text, as lists and the libraries that read sounds want it."""
     try:
         return bool(str(path).encode())
     except UnicodeEncodeError:
