@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from typing import Any
+from weakref import WeakSet
 
 from harness.errors import InputError
 
@@ -36,9 +37,28 @@ def signals_left_to_this_process(*numbers: int) -> Iterator[None]:
 class _Pool(ProcessPoolExecutor):
     """Executor whose processes begin with Ctrl-C left to this one; some start methods start one by each task."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._given: WeakSet[Future] = WeakSet()
+
     def submit(self, *task: Any, **options: Any) -> Future:
         with signals_left_to_this_process(signal.SIGINT):
-            return super().submit(*task, **options)
+            future = super().submit(*task, **options)
+        self._given.add(future)
+        return future
+
+    def end(self) -> None:
+        """Kill the processes, and wait for the thread that looks after them.
+
+        Ctrl-C may come between the taking of a task's lock by this thread and the code that gives it back; the other
+        one would wait for it at the end of the command, without end.
+        """
+        for future in self._given:
+            with suppress(RuntimeError):  # not, or no longer, this thread's
+                while True:
+                    future._condition.release()
+        end_children()
+        self.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -58,8 +78,7 @@ def process_pool(
         try:
             yield pool
         except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            end_children()
+            pool.end()
             if isinstance(error, BrokenProcessPool):
                 raise InputError(if_one_dies) from None
             raise

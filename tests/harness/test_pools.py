@@ -124,6 +124,16 @@ def test_a_process_that_dies_is_said_in_one_line(method, number):
     _assert_ending(child.pid for child in children)
 
 
+def test_ctrl_c_with_a_tasks_lock_in_hand_ends_all_the_same():
+    """It may come so late in the taking of it that nobody gives it back."""
+    with pytest.raises(KeyboardInterrupt), process_pool(1, "died") as pool:
+        tasks = [pool.submit(time.sleep, 600) for _ in range(3)]
+        for task in tasks[:2]:
+            task._condition.acquire()
+        raise KeyboardInterrupt
+    assert all(task.done() for task in tasks)
+
+
 def test_threads_leave_what_they_have_not_begun():
     """By Ctrl-C while tasks are handed in, too."""
     done = []
