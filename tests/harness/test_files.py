@@ -42,7 +42,7 @@ def test_data_reach_the_disk_before_the_name_and_the_name_before_the_end(tmp_pat
     assert calls == ["fsync", "replace", "fsync"]
 
 
-@pytest.mark.parametrize("length", [245, 256])
+@pytest.mark.parametrize("length", [253, 256])
 def test_a_name_too_long_is_that_of_the_file_and_not_of_what_is_written_beside_it(tmp_path, length):
     path = tmp_path / ("n" * length)
     with pytest.raises(OSError, match="too long") as error, written_whole(path) as temporary:
