@@ -18,7 +18,7 @@ from audio import INT16_SCALE, shortest_audio, write_wav
 from config import Config
 from corpora import splits
 from corpora.lists import FileLists, write_lists
-from corpora.loudness import gain, loudness
+from corpora.loudness import gain, loudness, peak_of
 from corpora.names import check_listable
 from corpora.recordings import Source, find_sources, read_recording
 from corpora.segments import find_segments
@@ -116,11 +116,11 @@ def _convert(take: Take, folder: Path, config: Config, how: Preparation) -> None
     audio = recording.audio
     take.form, take.rate, take.seconds = recording.form, recording.rate, len(audio) / rate
     take.offset, take.clipped = recording.offset, recording.clipped
-    if not len(audio) or np.abs(audio).max() < SILENT:
+    if not len(audio) or peak_of(audio) < SILENT:
         take.problem = "silent"
         return
     take.loudness = loudness(audio, rate)
-    audio = audio * np.float32(gain(audio, take.loudness, how.level))
+    audio *= np.float32(gain(audio, take.loudness, how.level))
     shortest = max(round(MIN_SECONDS * rate), shortest_audio(config.data_config) + config.data_config.hop_length)
     pieces = find_segments(audio, rate, how.trim_db, how.max_seconds)
     pieces = [(first, last) for first, last in pieces if last - first >= shortest]

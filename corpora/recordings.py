@@ -128,11 +128,22 @@ def _read(file: "soundfile.SoundFile", path: Path, rate: int) -> Recording:  # n
         raise InputError(f"{path}: holds no audio")
     if resample is not None:
         parts.append(resample.resample_chunk(np.zeros(0, np.float32), last=True))
-    audio, offset = np.concatenate(parts), total / frames
+    audio, offset = _joined(parts), total / frames
     if abs(offset) > STEP:
-        audio = audio - np.float32(offset)
+        audio -= np.float32(offset)
     channels = f", {file.channels} channels" if file.channels > 1 else ""
     return Recording(audio, f"{file.format} {file.subtype}{channels}", file.samplerate, offset, clipped.total)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts as one array; each is let go as soon as it is copied, so that hours are never held twice."""
+    audio = np.empty(sum(map(len, parts)), np.float32)
+    end = len(audio)
+    while parts:
+        part = parts.pop()
+        audio[end - len(part) : end] = part
+        end -= len(part)
+    return audio
 
 
 @contextmanager

@@ -3,15 +3,16 @@
 import numpy as np
 
 FRAME_SECONDS = 0.01
+BLOCK_FRAMES = 6000  # squared at a time, in double precision
 MARGIN_SECONDS = 0.1  # of what is left of the silence at each end
 
 
 def levels(audio: np.ndarray, rate: int) -> np.ndarray:
     """Root mean square of each frame of FRAME_SECONDS, [T / frame], the last one as short as it is."""
     frame = max(1, round(FRAME_SECONDS * rate))
-    starts = np.arange(0, len(audio), frame)
-    power = np.add.reduceat(np.square(audio, dtype=np.float64), starts)
-    return np.sqrt(power / np.diff(starts, append=len(audio)))
+    blocks = (audio[first : first + BLOCK_FRAMES * frame] for first in range(0, len(audio), BLOCK_FRAMES * frame))
+    power = [np.add.reduceat(np.square(block, dtype=np.float64), np.arange(0, len(block), frame)) for block in blocks]
+    return np.sqrt(np.concatenate(power) / np.diff(np.arange(0, len(audio), frame), append=len(audio)))
 
 
 def find_segments(audio: np.ndarray, rate: int, trim_db: float, max_seconds: float) -> list[tuple[int, int]]:

@@ -16,7 +16,9 @@ import soundfile
 
 import data
 from audio import read_wav
+from corpora import loudness as loudness_room
 from corpora import recordings as recordings_room
+from corpora import segments
 from corpora.loudness import gain, loudness
 from corpora.recordings import Source, read_recording
 from corpora.segments import find_segments
@@ -273,6 +275,24 @@ def test_a_recording_is_read_by_blocks_of_so_many_samples(tmp_path, monkeypatch,
     parts = read_recording(tmp_path / "a.wav", RATE)
     assert max(sizes) <= 1_000 and sum(sizes) == sound.size
     assert np.allclose(parts.audio, whole.audio, atol=1e-6)
+
+
+def test_a_take_is_measured_by_blocks(monkeypatch):
+    """Minutes of it in double precision at a time, never hours; loudness and levels do not depend on that."""
+    take = speech(3.7, RATE, 130).astype(np.float32)
+    whole = loudness(take, RATE), segments.levels(take, RATE), find_segments(take, RATE, 50.0, 1.0)
+    monkeypatch.setattr(loudness_room, "BLOCK_SECONDS", 1)
+    monkeypatch.setattr(segments, "BLOCK_FRAMES", 7)
+    assert loudness(take, RATE) == pytest.approx(whole[0], abs=1e-9)
+    assert np.array_equal(segments.levels(take, RATE), whole[1])
+    assert find_segments(take, RATE, 50.0, 1.0) == whole[2]
+    take = np.tile(take, 30)
+    tracemalloc.start()
+    for measured in (loudness, segments.levels, lambda audio, _: gain(audio, -20.0, "loudness")):
+        tracemalloc.reset_peak()
+        measured(take, RATE)
+        assert tracemalloc.get_traced_memory()[1] < take.nbytes / 2
+    tracemalloc.stop()
 
 
 def streamed(path, samples, rate=8_000, bits=8, data=0, more=b""):
