@@ -28,6 +28,7 @@ from harness import checkpoints, terminal
 from harness.checkpoints import random_state as random_state
 from harness.checkpoints import read_torch_file, save_whole
 from harness.errors import InputError, show
+from harness.files import in_a_name
 from harness.safetensors_files import SUFFIX, save_safetensors
 from model import build_model
 
@@ -381,7 +382,7 @@ def _average(config: Config, newest_first: Sequence[Path], start: Start) -> Chec
     check_config(average, config, start.warm)
     model = build_model(config.waveflow_config, config.data_config)
     load_weights(model, average.weights, f"the average of {newest_first[0]} and others")
-    suffix = "" if start.epsilon is None else f"_epsilon{start.epsilon:g}"
+    suffix = "" if start.epsilon is None else f"_epsilon{in_a_name(start.epsilon)}"
     target = newest_first[0].with_name(f"{newest_first[0].name}_average{len(newest_first)}{suffix}")
     entries = {name: value for name, value in _entries(average, newest_first).items() if name != "model"}
     place = f": {target}"

@@ -38,6 +38,7 @@ from harness import terminal
 from harness.arguments import Help, Parser, add_general
 from harness.batches import BatchLoader, ShuffledBatches, check_batch_size, random_stream
 from harness.errors import InputError
+from harness.files import check_apart
 from harness.lists import read_entries
 from harness.processes import is_main
 from harness.stopping import exit_status, leave
@@ -400,9 +401,11 @@ def _save_mels(options: argparse.Namespace) -> None:
     if not wavs:
         raise InputError("no wavs given; name some, or a list of them with --list")
     clips = ClipDataset(wavs, data_config)  # every header is checked before anything is written
-    for index, name in enumerate(terminal.bar(output_names(wavs, ".npy"), desc="mel", unit="clip")):
+    mels = [Path(options.output, name) for name in output_names(wavs, ".npy")]
+    check_apart(mels, wavs, "choose another folder")
+    for index, path in enumerate(terminal.bar(mels, desc="mel", unit="clip")):
         _, _, mel = clips[index]
-        write_mel(Path(options.output, name), mel)
+        write_mel(path, mel)
     terminal.say(f"{len(wavs)} mels in {options.output}")
 
 

@@ -388,7 +388,7 @@ def _request(options: argparse.Namespace) -> Request:
         inputs=options.input or (),
         output=options.output,
         format=options.format or "wav",
-        temps=options.temp or [1.0],
+        temps=tuple(dict.fromkeys(options.temp or [1.0])),
         seed=options.seed,
         mel_preset=options.mel_preset,
         precision=options.precision,

@@ -16,10 +16,12 @@ from data import output_names, read_clip
 from evaluation.distance import intelligibility, log_mel_distance, noise_like
 from evaluation.pictures import save_spectrograms
 from harness import terminal
+from harness.files import check_apart
 from synthesis.mel_matching import match_mel
 from vocoder import Vocoder
 
 SHOWN_SECONDS = 1.5  # of the picture
+KINDS = ("synthesis", "filter alone", "white noise")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ def speak(vocoder: Vocoder, files: Sequence[str], folder: Path, temp: float, pas
     as it comes and after so many passes of mel matching.
     """
     scores: dict[str, list[list[Score]]] = {}
+    sounds = [_file_name(output, name) for output in output_names(files) for name in ("recording", *KINDS)]
+    check_apart((folder / name for name in sounds), files, "choose another folder")
     for number, (file, output) in enumerate(zip(files, output_names(files), strict=True)):
         recording = read_clip(file, vocoder.data)
         plain = sounds_of(vocoder, recording, temp, seed=number)
@@ -42,13 +46,15 @@ def speak(vocoder: Vocoder, files: Sequence[str], folder: Path, temp: float, pas
         for name in plain:
             pair = [score(sounds[name], recording, vocoder.mel_spectrogram) for sounds in (plain, matched)]
             scores.setdefault(name, []).append(pair)
-        stem = folder / Path(output).stem
-        write_wav(stem.with_suffix(".recording.wav"), recording, vocoder.sampling_rate)
-        for name, sound in matched.items():
-            write_wav(stem.with_suffix(f".{name.replace(' ', '_')}.wav"), sound, vocoder.sampling_rate)
+        for name, sound in {"recording": recording, **matched}.items():
+            write_wav(folder / _file_name(output, name), sound, vocoder.sampling_rate)
         if number == 0:
             _draw(folder / "spectrograms.png", recording, plain, matched, vocoder.sampling_rate)
     return {name: [_mean([pair[place] for pair in pairs]) for place in (0, 1)] for name, pairs in scores.items()}
+
+
+def _file_name(output: str, kind: str) -> str:
+    return f"{output.removesuffix('.wav')}.{kind.replace(' ', '_')}.wav"
 
 
 def sounds_of(vocoder: Vocoder, recording: Tensor, temp: float, seed: int) -> dict[str, Tensor]:

@@ -119,6 +119,28 @@ def write_table(path: str | Path, rows: Iterable[Iterable[Any]]) -> None:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
+def check_apart(outputs: Iterable[str | Path], inputs: Iterable[str | Path], remedy: str) -> None:
+    """InputError where a file about to be written is one of the inputs, by whatever name; with the remedy."""
+    there = {identity: path for path in outputs if (identity := _identity(path))}
+    for path in inputs if there else ():
+        if (output := there.get(_identity(path))) is not None:
+            raise InputError(f"{output}: is {path}, which is read, and would be written over; {remedy}")
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+    return status.st_dev, status.st_ino
+
+
+def in_a_name(number: float) -> str:
+    """A number in the name of a file: short, and another one for every other number."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
+
+
 def _sync_folder(folder: Path) -> None:
     # The rename itself is on disk only once the folder is; Windows has no such call.
     if os.name != "posix":

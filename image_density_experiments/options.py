@@ -115,7 +115,7 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
         data=given(DataOptions.model_fields),
         output_dir=flags.output_dir or _default_folder(flags),
         device="cpu" if flags.no_cuda else None,
-        temperatures=tuple(flags.temperatures),
+        temperatures=tuple(dict.fromkeys(flags.temperatures)),
         **{
             name: values[name]
             for name in (

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.files import written_whole
+from harness.files import in_a_name, written_whole
 from harness.memory import require_memory
 from harness.stopping import safe_point
 from image_density_experiments.data import to_pixels
@@ -108,7 +108,7 @@ def save_samples(path: Path, model: ImageFlow, temperatures: Sequence[float], se
         title += f", {n_rejected} drawn again"
     if n_grey := sum(each.n_not_finite for each in images.values()):
         title += f" ({n_grey} not finite: grey)"
-    save_image_rows(path, {f"T = {temperature:g}": each.pixels for temperature, each in images.items()}, title)
+    save_image_rows(path, {f"T = {in_a_name(temperature)}": each.pixels for temperature, each in images.items()}, title)
 
 
 def grid_rows(
@@ -119,7 +119,7 @@ def grid_rows(
     One per temperature; of a single temperature one per class, or as many as it takes. labels [n], if there are any.
     """
     if len(images) > 1:
-        return {f"T = {temperature:g}": pixels[:SHOWN] for temperature, pixels in images.items()}
+        return {f"T = {in_a_name(temperature)}": pixels[:SHOWN] for temperature, pixels in images.items()}
     [pixels] = images.values()
     if labels is not None:
         present = labels.unique()[:SHOWN].tolist()
@@ -130,7 +130,7 @@ def grid_rows(
 
 def save_samples_as(kind: str, folder: Path, temperature: float, pixels: np.ndarray, labels: Tensor) -> Path:
     """Samples [n, H, W, C] as single "png" files, or as one "npz" with `arr_0` and `labels`; returns where."""
-    path = folder / f"samples_T{temperature:g}"
+    path = folder / f"samples_T{in_a_name(temperature)}"
     if kind == "npz":
         path = path.with_name(f"{path.name}.npz")
         with written_whole(path) as temporary, open(temporary, "wb") as file:
@@ -139,8 +139,9 @@ def save_samples_as(kind: str, folder: Path, temperature: float, pixels: np.ndar
     from PIL import Image
 
     path.mkdir(exist_ok=True)
-    for old in path.glob("*.png"):  # of a larger set
-        old.unlink()
     for index, image in enumerate(pixels):
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path / f"{index:06d}.png")
+    for old in path.glob("[0-9]" * 6 + ".png"):  # of a larger set
+        if int(old.stem) >= len(pixels):
+            old.unlink()
     return path

@@ -127,6 +127,9 @@ def _config(checkpoint: Checkpoint, path: str | None) -> Config | None:
 
 def _convert(options: argparse.Namespace) -> None:
     checkpoint, config, out = _source(options)
+    card = out.with_name(out.name.removesuffix(SUFFIX) + ".md")
+    if options.card:
+        _check_new(card)
     model, facts = trained_model(checkpoint, config), _facts(checkpoint, options)
     if (known := MelStatistics.read(checkpoint.mel_statistics)) is not None:
         facts["mel_statistics"] = json.dumps(known.to_dict())
@@ -137,7 +140,6 @@ def _convert(options: argparse.Namespace) -> None:
         _save_published(out, model, config, checkpoint)
     terminal.say(f"{out}: {os.path.getsize(out):,} bytes")
     if text:
-        card = out.with_name(out.name.removesuffix(SUFFIX) + ".md")
         with written_whole(card) as temporary:
             temporary.write_text(text, encoding="utf-8")
         terminal.say(f"model card: {card}")
@@ -149,9 +151,13 @@ def _source(options: argparse.Namespace) -> tuple[Checkpoint, Config, Path]:
     config = _config(checkpoint, options.config)
     if config is None:
         raise InputError(f"{options.file}: does not know its config; give it with -c, see configs/")
-    if out.exists():
-        raise InputError(f"{out}: exists; choose another name, or remove it")
+    _check_new(out)
     return checkpoint, config, out
+
+
+def _check_new(path: Path) -> None:
+    if os.path.lexists(path):
+        raise InputError(f"{path}: exists; choose another name, or remove it")
 
 
 def _facts(checkpoint: Checkpoint, options: argparse.Namespace) -> dict[str, str]:

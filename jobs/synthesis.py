@@ -15,7 +15,7 @@ from data import check_synthesis_entries, output_names, read_synthesis_files
 from evaluation.comparison import compare_with_recording
 from harness import terminal
 from harness.errors import InputError
-from harness.files import written_whole
+from harness.files import check_apart, in_a_name, written_whole
 from harness.folder import record_more
 from harness.processes import gather, is_main, share
 from harness.stopping import safe_point, uninterrupted
@@ -57,8 +57,12 @@ class Request:
 
 def synthesize_all(vocoder: Vocoder, entries: Sequence[str], request: Request, config: Config) -> None:
     """Write the sound of every entry at every temperature; several processes share them. Raises InputError."""
-    for temp in request.temps:
-        folder = _folder(request, temp, config, vocoder.name)
+    folders = {temp: _folder(request, temp, config, vocoder.name) for temp in request.temps}
+    if request.output != STDOUT:
+        names = output_names(entries, f".{request.format}")
+        for folder in folders.values():
+            check_apart((folder / name for name in names), entries, "choose another folder")
+    for temp, folder in folders.items():
         clips = _clips(vocoder, entries, request, temp, config.train_config.seed)
         samples, seconds = 0, 0.0
         for sounds in vocoder.synthesize(clips, request.batch_seconds, request.finish):
@@ -77,11 +81,11 @@ def synthesize_all(vocoder: Vocoder, entries: Sequence[str], request: Request, c
 def _folder(request: Request, temp: float, config: Config, name: str) -> Path:
     """Folder of one temperature: of several, each has its own."""
     if request.output is not None:
-        return Path(request.output, f"temp{temp:g}") if len(request.temps) > 1 else Path(request.output)
+        return Path(request.output, f"temp{in_a_name(temp)}") if len(request.temps) > 1 else Path(request.output)
     finish = request.finish
     matched = f"_matched{finish.match_mel}" if finish.match_mel else ""
-    denoised = f"_denoised{finish.denoise:g}" if finish.denoise else ""
-    return config.run_folder / "synthesis" / f"{name}_temp{temp:g}{denoised}{matched}"
+    denoised = f"_denoised{in_a_name(finish.denoise)}" if finish.denoise else ""
+    return config.run_folder / "synthesis" / f"{name}_temp{in_a_name(temp)}{denoised}{matched}"
 
 
 def _clips(vocoder: Vocoder, entries: Sequence[str], request: Request, temp: float, seed: int) -> Iterator[Clip]:

@@ -1,11 +1,12 @@
 """`python -m experiments speak`: what it scores is what it wrote, beside floors that need no training."""
 
+import os
 import re
 
 import pytest
 import torch
 
-from audio import read_wav
+from audio import read_wav, write_wav
 from evaluation.distance import intelligibility, log_mel_distance
 from experiments import __main__ as experiments
 from experiments.speak import sounds_of
@@ -35,6 +36,21 @@ def test_the_shipped_weights_speak_and_are_scored_beside_their_floors(tmp_path, 
     assert len(recording) == len(heard)
     assert intelligibility(heard, recording, rate) == pytest.approx(scores["synthesis"][1][0], abs=0.01)
     assert (tmp_path / "spectrograms.png").stat().st_size > 10_000
+
+
+def test_names_with_dots_stay_apart_and_no_recording_is_written_over(tmp_path, capsys):
+    own = [tmp_path / name for name in ("a.wav", "a.one.wav", "a.two.wav", "a.recording.wav")]
+    for path in own:
+        write_wav(path, read_wav(SPEECH[0], 22_050)[:12_000], 22_050)
+    assert experiments.main(["speak", "--output", str(tmp_path / "out"), "--match_mel", "1", *map(str, own)]) == 0
+    kinds = ("recording", "synthesis", "filter_alone", "white_noise")
+    expected = {f"{path.stem}.{kind}.wav" for path in own for kind in kinds}
+    assert set(os.listdir(tmp_path / "out")) == {*expected, "spectrograms.png"}
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert experiments.main(["speak", "--output", str(tmp_path), *map(str, own)]) != 0
+    assert "a.recording.wav, which is read, and would be written over" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_the_filter_alone_uses_no_weights():

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import math
 import os
 import resource
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 
 import checkpoint as ckpt
 from harness import files
-from harness.files import Appended, read_text, remove_debris, write_table, written_whole
+from harness.errors import InputError
+from harness.files import Appended, check_apart, in_a_name, read_text, remove_debris, write_table, written_whole
 from tests.support.experiments import fails, losses, run
 
 
@@ -56,6 +58,30 @@ def test_a_table_takes_any_name(tmp_path):
     write_table(tmp_path / "table.csv", ((name, 1) for name in names))
     rows = list(csv.reader(io.StringIO(read_text(tmp_path / "table.csv", 2**20))))
     assert [name for name, _ in rows] == ["x\\udcff.wav", *names[1:]]
+
+
+def test_nothing_is_written_over_what_is_read(tmp_path, monkeypatch):
+    """Whatever the file is called at its two places."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("own")
+    (tmp_path / "place").symlink_to(tmp_path, target_is_directory=True)
+    os.link("own", "hard")
+    others = [f"other {number}" for number in range(9)]
+    for name in ("own", tmp_path / "own", "./folder/../own", "place/own", "link", "hard"):
+        for outputs, inputs in ([*others, name], ["own", "x"]), (["own"], [*others, name]):
+            with pytest.raises(InputError, match=r"which is read, and would be written over; go away$"):
+                check_apart(outputs, inputs, "go away")
+    check_apart([*others, "folder"], ["own", "nul\0", "\ud800", *others], "")
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(1.0, "1"), (1, "1"), (0.5, "0.5"), (0.5000001, "0.5000001"), (1e-9, "1e-09"), (0.0, "0")]
+)
+def test_another_number_has_another_name(number, name):
+    assert in_a_name(number) == name
+    assert in_a_name(math.nextafter(number, 2)) != name
 
 
 def test_a_link_in_the_way_is_not_followed(tmp_path):

@@ -105,6 +105,13 @@ def test_a_card_beside_a_damaged_evaluation_says_not_evaluated(what, folder, tmp
     assert capsys.readouterr().err.count("the weights were not evaluated") == (what != "missing")
 
 
+def test_a_page_of_the_cards_name_is_not_written_over(folder, tmp_path, capsys):
+    (tmp_path / "w.md").write_text("my notes")
+    assert main(["convert", str(folder), str(tmp_path / "w.safetensors"), "--card"]) == 1
+    assert "w.md: exists; choose another name, or remove it" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["w.md"] and (tmp_path / "w.md").read_text() == "my notes"
+
+
 def test_texts_in_a_card_are_no_markdown_and_lines_of_info_are_lines(folder, tmp_path, capsys):
     out = tmp_path / "w.safetensors"
     data = "a|b\n# heading <b>\x1b[31m `code` [link](x) *bold* _it_"

@@ -71,6 +71,37 @@ def test_flac_and_wav_hold_the_same_and_temperatures_have_folders(folder, sounds
         np.testing.assert_array_equal(flac, wav.astype(np.int16))
 
 
+@pytest.mark.parametrize(
+    ("inputs", "flags"),
+    [
+        (["talk.wav"], ["--output", "."]),
+        (["talk.wav"], []),  # from within the folder that it would go to
+        ([".", "below"], ["--output", "."]),
+        (["talk.flac"], ["--output", "../own", "--format", "flac"]),
+        (["below"], ["--output", "below"]),
+        (["temp0.5/talk.wav"], ["--output", ".", "-t", 0.5, 1]),
+        (["temp1/talk.wav"], ["--output", ".", "-t", 0.5, 1]),  # the last: nothing of the first is written
+    ],
+)
+def test_nothing_is_written_over_a_recording(folder, tmp_path, monkeypatch, capsys, inputs, flags):
+    """Whatever it is called: refused before the first sound."""
+    own = folder / "synthesis" / "waveflow_4_temp1" if not flags else tmp_path / "own"
+    for name in ("talk.wav", "talk.flac", "below/talk.wav", "temp0.5/talk.wav", "temp1/talk.wav"):
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(own / name, np.linspace(-0.5, 0.5, 4_000), RATE)
+    before = {path: path.read_bytes() for path in own.rglob("*.*") if path.is_file()}
+    monkeypatch.chdir(own)
+    error = fails(capsys, "--synthesize", "--weights", folder, "--input", *inputs, *flags)
+    assert "which is read, and would be written over; choose another folder" in error
+    assert {path: path.read_bytes() for path in own.rglob("*.*") if path.is_file()} == before
+
+
+def test_every_temperature_has_a_folder_of_its_own(folder, sounds, tmp_path):
+    arguments = ["--synthesize", "--weights", folder, "--input", sounds / "mel.npy", "--output", tmp_path]
+    assert run(*arguments, "-t", 0.5, 0.5000001, 0.5) == 0
+    assert sorted(os.listdir(tmp_path)) == ["temp0.5", "temp0.5000001"]
+
+
 def test_a_sound_goes_to_stdout_and_the_words_to_stderr(folder, sounds):
     command = ["train.py", "--synthesize", "--weights", folder, "--input", sounds / "mel.npy", "--output", "-"]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
