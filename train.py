@@ -18,7 +18,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -43,19 +43,18 @@ from data import (
 from evaluation.likelihood import clip_likelihoods, summarise_lists, write_likelihoods
 from fast.engine import slow_precision_warning
 from harness import terminal
-from harness.arguments import Help, Parser, add_general, number, whole_number
+from harness.checkpoints import iteration_of
 from harness.devices import choose_device, make_deterministic
 from harness.errors import InputError
 from harness.folder import locked_run, record_start
 from harness.processes import gather, held_by_main, is_main, on_main, process_group, report_error, share, world_size
 from harness.stopping import StopRequest, exit_status, leave
+from jobs import arguments as flags
 from jobs.metrics import measure_all
 from jobs.report import write_run_report
 from jobs.synthesis import STDOUT, Request, synthesize_all
 from model import FlowVocoder, count_parameters
 from synthesis.mel_checks import MelReader, MelStatistics
-from synthesis.mel_matching import MAX_PASSES
-from synthesis.mel_presets import PRESETS
 from training.loop import train_until
 from training.precision import slow_half_warning
 from training.resuming import check_resumable
@@ -175,7 +174,7 @@ def _begin_from(config: Config, start: Start, warm: bool) -> Checkpoint | None:
         raise InputError("--warm_start takes weights from a checkpoint: give --weights NAME_OR_PATH")
     first = 0 if checkpoint is None or warm else checkpoint.iteration
     found = ckpt.list_checkpoints(config.run_folder)
-    if later := [path for path in found if int(path.name.split("_")[1]) > first and not start.resume]:
+    if later := [path for path in found if iteration_of(path, ckpt.FILE_NAME) > first and not start.resume]:
         raise InputError(
             f"{config.run_folder} already holds {len(later)} checkpoint(s) beyond iteration {first}; go on with "
             "--resume latest, start from one with --set train_config.checkpoint_path=FILE, or choose another "
@@ -224,108 +223,8 @@ def _record_and_say(trainer: Trainer, last: int) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of the published train.py, and a few more."""
-    parser = Parser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument_group("model").add_argument
-    add("-c", "--config", metavar="FILE", help="experiment file, see configs/; not needed with --weights")
-    weights = "what to evaluate, synthesize or --warm_start with: a file, a run's folder, or a name"
-    add("--weights", metavar="NAME_OR_PATH", help=weights)
-    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config value")
-    jobs = parser.add_argument_group("jobs other than training")
-    job = jobs.add_mutually_exclusive_group().add_argument
-    job("-v", "--evaluate", action="store_true", help="log-likelihood of the full test clips")
-    job("-s", "--synthesize", action="store_true", help="synthesize every wav or mel of the test list, or each --input")
-    job("--report", nargs="*", metavar="RUN_DIR", help="one HTML page about runs; without a folder, that of the config")
-    job("--check_data", action="store_true", help="look for clips that would spoil the training, and do nothing else")
-    others = "with --evaluate: metrics of copy-synthesis, beside other checkpoints and folders of sounds"
-    jobs.add_argument("--metrics", nargs="*", metavar="PATH", help=others)
-    add = parser.add_argument_group("where to start").add_argument
-    add("-w", "--warm_start", action="store_true", help="take only the weights of the checkpoint, start at iteration 0")
-    add("-a", "--average_checkpoint", type=whole_number(1), metavar="N", help="start from the average of the newest N")
-    exponential = "with -a: exponential weights epsilon (1 - epsilon)^i instead of the mean"
-    add("-e", "--epsilon", type=number(0, above=True, maximum=1, below=True), metavar="E", help=exponential)
-    add("--resume", choices=["latest"], help="go on from the newest whole checkpoint of the run, if it has any")
-    add = parser.add_argument_group("run").add_argument
-    end = "stop training at iteration N (default: train_config.epochs)"
-    add("--max_iterations", type=whole_number(1), metavar="N", help=end)
-    hours = "save and end after H hours; --resume goes on (default: to the end)"
-    add("--max_hours", type=number(0, above=True), metavar="H", help=hours)
-    add("--deterministic", action="store_true", help="the same results twice on the same machine, at some speed")
-    add("--device", help="cpu, cuda or cuda:N (default: CUDA where there is any)")
-    _add_synthesis(parser.add_argument_group("with --synthesize").add_argument)
-    add_general(parser)
-    options = parser.parse_args(arguments)
-    _check_combination(parser, options)
-    return options
-
-
-METRICS_FLAGS = ("input", "seed", "denoise", "precision", "match_mel")
-SYNTHESIS_FLAGS = (*METRICS_FLAGS, "output", "mel_preset", "format", "batch_seconds")
-
-
-def _add_synthesis(add: Callable[..., object]) -> None:
-    add("--input", nargs="+", metavar="PATH", help="sounds of any format and rate, mels (.npy, .pt), folders of both")
-    output = "folder of the sounds, default one of the run; -: one sound to stdout; of --report: a file or folder"
-    add("--output", metavar="DIR", help=output)
-    add("--mel_preset", choices=list(PRESETS), metavar="NAME", help="front end of the mels: " + ", ".join(PRESETS))
-    add("--format", choices=["wav", "flac"], help="of the sounds, 16 bits; default wav")
-    noise = "standard deviation of the noise of synthesis, default 1; several make a folder each"
-    add("-t", "--temp", type=number(0), nargs="+", action="extend", metavar="T", help=noise)
-    add(
-        "--seed",
-        type=whole_number(0),
-        metavar="N",
-        help="of the first clip's noise, the next has N + 1; default: config",
-    )
-    add(
-        "--denoise",
-        type=number(0),
-        metavar="STRENGTH",
-        help="take off so much of what the model makes of silence (default 0)",
-    )
-    add("--precision", choices=["float32", "bfloat16", "float16"], help="of the products of synthesis, default float32")
-    add(
-        "--batch_seconds",
-        type=number(0),
-        metavar="S",
-        help="seconds of audio at once, by default what suits; 0: a clip",
-    )
-    add(
-        "--match_mel",
-        type=whole_number(0, MAX_PASSES),
-        metavar="N",
-        help="filter each synthesis N times towards its mel (default 0)",
-    )
-
-
-def _check_combination(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    starts = [options.resume, options.average_checkpoint, options.warm_start or None, options.weights]
-    if options.resume and (options.average_checkpoint is not None or options.warm_start):
-        parser.error("--resume, --average_checkpoint and --warm_start all say where to start; give one")
-    if options.report is not None and any(start is not None for start in starts):
-        parser.error("--report shows the newest checkpoint of each run; leave out what says where to start")
-    trains = not (options.evaluate or options.synthesize)
-    if options.weights and trains and not (options.config and options.warm_start):
-        parser.error(
-            "--weights names what to --evaluate or --synthesize with, or with -c and --warm_start what to train from; "
-            "to go on with a run give --resume latest or --set train_config.checkpoint_path=FILE"
-        )
-    if options.weights and len([start for start in starts if start is not None]) > 1 + trains:
-        parser.error("--weights says which checkpoint; leave out --resume, --average_checkpoint and --warm_start")
-    if not (options.config or options.weights or options.report):
-        parser.error(
-            "the following arguments are required: -c/--config, or --weights with a trained model, or --report with "
-            "the folder of a run"
-        )
-    if options.metrics is not None and not options.evaluate:
-        parser.error("--metrics are those of --evaluate; give it too")
-    for flag in SYNTHESIS_FLAGS:
-        shared = options.metrics is not None and flag in METRICS_FLAGS
-        shared = shared or (options.report is not None and flag == "output")
-        if getattr(options, flag) is not None and not (options.synthesize or shared):
-            parser.error(f"--{flag} is that of synthesis; give --synthesize with it")
-    if options.epsilon is not None and options.average_checkpoint is None:
-        parser.error("--epsilon weights an average; give -a N with it")
+    """Flags of this command line."""
+    return flags.parse_arguments(__doc__, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -363,22 +262,23 @@ def _config(options: argparse.Namespace) -> tuple[Config, Checkpoint | None]:
 
 
 def _job(options: argparse.Namespace, config: Config, device: torch.device, given: Checkpoint | None) -> int:
-    trains = not (options.evaluate or options.synthesize)
+    job = flags.job_of(options)
+    trains = job == flags.TRAINING
     start = Start(
         resume=options.resume == "latest",
         average=options.average_checkpoint,
-        warm=options.warm_start,
+        warm=options.warm_start and trains,
         epsilon=options.epsilon,
         given=given,
         must_write=trains,
     )
-    if options.check_data:
+    if job == flags.CHECK:
         return check_data(config)
-    if options.metrics is not None:
+    if job == flags.METRICS:
         return measure(config, device, start, _request(options), options.metrics)
-    if options.evaluate:
+    if job == flags.EVALUATE:
         return evaluate(config, device, start)
-    if options.synthesize:
+    if job == flags.SYNTHESIZE:
         return synthesize(config, device, start, _request(options))
     return train(config, device, start, Training(options.warm_start, options.max_iterations, options.max_hours))
 

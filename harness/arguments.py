@@ -4,7 +4,7 @@ of numbers, each within a range."""
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -28,6 +28,14 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {word[:-3]}: expected a value, got '--'")
         return super().parse_known_args(words, namespace)
 
+    def refuse_unheeded(self, options: argparse.Namespace, job: str, goes_with: Mapping[str, Sequence[str]]) -> None:
+        """End the program where a flag was given that the job does not heed; goes_with: jobs that do, by attribute."""
+        for action in self._actions:
+            jobs = goes_with.get(action.dest, (job,))
+            if job not in jobs and getattr(options, action.dest) != action.default:
+                flag = max(action.option_strings, key=len)
+                self.error(f"{flag} goes with {either(jobs)}, and means nothing to {job}; leave it out")
+
     def error(self, message: str) -> NoReturn:
         """Print one line, and end the program with status 2."""
         self.exit(2, f"{self.prog}: error: {one_line(message, MAX_COMPLAINT)} (-h lists all flags)\n")
@@ -47,6 +55,12 @@ class Help(argparse.RawDescriptionHelpFormatter):
         ):
             return text
         return f"{text} (default {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value})"
+
+
+def either(words: Sequence[str]) -> str:
+    """Words as a choice, `a, b or c`."""
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def add_general(parser: argparse.ArgumentParser, top: bool = True) -> None:

@@ -29,6 +29,17 @@ from image_density_experiments.model import (
 FOLDER = Path(__file__).resolve().parent
 DATASETS_FOLDER = FOLDER / "datasets"
 JOBS = ("evaluate", "sample", "interpolate", "ood", "fid")  # beside training, each a flag
+TRAINING = "training"
+# What tells of a training, such as --epochs, may stay behind a job: the same command line again, and what to do.
+GOES_WITH = {
+    "max_iterations": (TRAINING,),
+    "fresh": (TRAINING,),
+    "saved_optimizer": (TRAINING,),
+    "ood_dataroot": ("--ood",),
+    "n_samples": ("--sample", "--fid"),
+    "class_name": ("--sample",),
+    "save_as": ("--sample",),
+}
 MAX_INT = 2**31 - 1
 MAX_BATCH, MAX_WORKERS, MAX_SAMPLES = 2**16, 2**8, 10**6
 MAX_FACTOR = 1e6
@@ -157,7 +168,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     _add_run_flags(parser.add_argument_group("run"))
     _add_job_flags(parser.add_argument_group("jobs other than training"))
     add_general(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    job = next((f"--{job}" for job in JOBS if getattr(options, job)), TRAINING)
+    parser.refuse_unheeded(options, job, GOES_WITH)
+    return options
 
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:

@@ -152,21 +152,6 @@ def test_what_cannot_be_read_is_named_before_anything_is_written(folder, sounds,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--synthesize"], "-c/--config, or --weights"),
-        (["--weights", "nanoflow"], "with -c and --warm_start what to train from"),
-        (["--weights", "nanoflow", "--synthesize", "-a", "2"], "leave out"),
-        (["-c", "x.json", "--evaluate", "--input", "a.wav"], "give --synthesize with it"),
-    ],
-)
-def test_flags_that_do_not_go_together_are_refused(arguments, complaint, capsys):
-    with pytest.raises(SystemExit):
-        run(*arguments)
-    assert complaint in capsys.readouterr().err
-
-
 def test_published_weights_need_a_config(sounds, capsys):
     published = ROOT / "tests" / "golden" / "checkpoints_nanoflow" / "waveflow_60"
     message = fails(capsys, "--synthesize", "--weights", published, "--input", sounds / "mel.npy", "--output", "-")
