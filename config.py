@@ -7,6 +7,7 @@ those described as "added". `python config.py` prints the reference of all keys,
 import copy
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -326,7 +327,8 @@ def _located(config: Config, folder: Path) -> Config:
     """The config with lists that are not in the current folder taken from its own, if they are there."""
 
     def locate(name: str) -> str:
-        return str(folder / name) if not Path(name).exists() and (folder / name).exists() else name
+        beside = str(folder / name)
+        return beside if not os.path.exists(name) and os.path.exists(beside) else name
 
     data = config.data_config
     several = tuple(map(locate, data.test_lists))

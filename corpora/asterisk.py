@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from audio import INT16_SCALE, wav_length, write_wav
-from corpora.lists import FileLists, write_lists
+from corpora.lists import FileLists, write_lists, write_text
 from corpora.names import check_listable, plain_name
 from harness import terminal
 from harness.downloads import damage_named
 from harness.errors import InputError, show
-from harness.files import RefusedFile, read_bytes, written_whole
+from harness.files import RefusedFile, read_bytes
 from harness.pools import thread_pool
 
 VOICE = "en_US_f_Allison"
@@ -59,8 +59,7 @@ def prepare_corpus(folder: str | Path, archive: str | Path | None = None, unpack
     if len(sounds) != N_CLIPS:
         terminal.warn(f"{len(sounds)} sounds, {N_CLIPS} expected: the split is not that of the published figures")
     clips = sorted(_decode_all(sounds, folder / "wavs"))
-    with written_whole(folder / "CREDITS.txt") as temporary:
-        temporary.write_text(CREDITS, encoding="utf-8")
+    write_text(folder / "CREDITS.txt", CREDITS)
     random.Random(0).shuffle(clips)
     return write_lists(folder, train=clips[N_TEST:], test=clips[:N_TEST])
 

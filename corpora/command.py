@@ -9,6 +9,7 @@ from corpora.prepare import Preparation, prepare
 from corpora.recordings import MAX_HOURS
 from harness import terminal
 from harness.arguments import number
+from harness.errors import InputError
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -55,6 +56,8 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    if options.valid + options.test >= 1:
+        raise InputError("--valid and --test: all takes, and nothing to train on; lower one of them")
     config, folder = load_config(options.config), Path(options.output)
     names = ("trim_db", "max_seconds", "level", "valid", "test", "by_speaker")
     takes, lists = prepare(

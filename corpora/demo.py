@@ -9,15 +9,18 @@ import numpy as np
 import torch
 
 from audio import INT16_SCALE, wav_length, write_wav
-from corpora.lists import FileLists, write_lists
+from corpora.lists import FileLists, write_lists, write_text
 from corpora.names import check_listable
 from harness import terminal
+from harness.downloads import damage_named
 from harness.errors import InputError
-from harness.files import written_whole
+from harness.files import read_text
 from harness.pools import process_pool
 
 SAMPLING_RATE = 22_050  # Hz, what espeak-ng speaks at
 SENTENCES = Path(__file__).parents[1] / "configs" / "demo_sentences.txt"
+CLIP = "demo_"  # begins the names of its clips
+MAX_METADATA_BYTES = 2**26
 TEST_EVERY = 10  # every tenth sentence is held out
 VOICE, WORDS_PER_MINUTE = "en-us", 165
 VOLUME = 70  # percent of espeak-ng's default, whose peaks touch full scale
@@ -33,8 +36,9 @@ def make_demo_corpus(folder: str | Path, sentences: str | Path = SENTENCES) -> t
     """
     folder = Path(folder)
     check_listable(folder)
+    _check_own(folder)
     text = [line for line in Path(sentences).read_text(encoding="utf-8").splitlines() if line]
-    clips = [str(folder / "wavs" / f"demo_{number:03d}.wav") for number in range(1, len(text) + 1)]
+    clips = [str(folder / "wavs" / f"{CLIP}{number:03d}.wav") for number in range(1, len(text) + 1)]
     metadata = "".join(f"{Path(clip).stem}|{line}\n" for clip, line in zip(clips, text, strict=True))
     finished = _is_finished(folder, metadata, clips)
     if not finished:
@@ -44,9 +48,18 @@ def make_demo_corpus(folder: str | Path, sentences: str | Path = SENTENCES) -> t
         train=[clip for number, clip in enumerate(clips, 1) if number % TEST_EVERY],
         test=[clip for number, clip in enumerate(clips, 1) if number % TEST_EVERY == 0],
     )
-    with written_whole(folder / "metadata.csv") as temporary:  # last: its presence says that all the rest is there
-        temporary.write_text(metadata, encoding="utf-8")
+    write_text(folder / "metadata.csv", metadata)  # last: its presence says that all the rest is there
     return lists, finished
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse the folder of another corpus, such as an unpacked LJSpeech."""
+    path = folder / "metadata.csv"
+    if path.exists():
+        with damage_named(path, "no table of the demo corpus; choose another folder"):
+            foreign = [line for line in read_text(path, MAX_METADATA_BYTES).splitlines() if not line.startswith(CLIP)]
+            if foreign:
+                raise ValueError(f"it names {foreign[0].partition('|')[0][:40]!r}")
 
 
 def _is_finished(folder: Path, metadata: str, clips: Sequence[str]) -> bool:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corpora.names import check_listable
-from harness.files import written_whole
+from harness import terminal
+from harness.files import write_keeping
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,24 @@ class FileLists:
         return "\n".join(f"{name}: {count} clips in {path}" for name, (count, path) in named.items())
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text of a corpus, and say where another one is kept that was in its place."""
+    if (kept := write_keeping(path, text)) is not None:
+        terminal.warn(f"{path}: another one was there; it is {kept.name} now")
+
+
 def write_lists(
     folder: Path, train: Sequence[str], test: Sequence[str], valid: Sequence[str] | None = None
 ) -> FileLists:
     """Write the paths of the clips, one per line, each list whole or not at all; valid_files.txt if it is given.
 
-    InputError where a list cannot hold one of them.
+    A list of other paths, such as one that somebody has shortened, is kept under another name. InputError where a list
+    cannot hold one of the paths.
     """
     clips = {"train": train, "test": test} | ({} if valid is None else {"valid": valid})
     paths = {name: folder / f"{name}_files.txt" for name in clips}
     for clip in (clip for some in clips.values() for clip in some):
         check_listable(clip)
     for name, path in paths.items():
-        with written_whole(path) as temporary:
-            temporary.write_text("".join(f"{clip}\n" for clip in clips[name]), encoding="utf-8")
+        write_text(path, "".join(f"{clip}\n" for clip in clips[name]))
     return FileLists(paths["train"], paths["test"], len(train), len(test), paths.get("valid"), len(valid or ()))

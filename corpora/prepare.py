@@ -17,7 +17,7 @@ import torch
 from audio import INT16_SCALE, shortest_audio, write_wav
 from config import Config
 from corpora import splits
-from corpora.lists import FileLists, write_lists
+from corpora.lists import FileLists, write_lists, write_text
 from corpora.loudness import gain, loudness, peak_of
 from corpora.names import check_listable
 from corpora.recordings import Source, find_sources, read_recording
@@ -195,5 +195,4 @@ def _write_config(folder: Path, config: Config, lists: FileLists) -> None:
         "training_files": str(lists.training_files),
         "test_files": [str(path) for path in tests] if len(tests) > 1 else str((tests or [lists.training_files])[0]),
     }
-    with written_whole(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(sections, indent=4) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(sections, indent=4) + "\n")

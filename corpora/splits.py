@@ -21,7 +21,8 @@ def assign(
     """The set of each unit; `valid` and `test` are shares. Those `known` from earlier stay where they are.
 
     speakers: of the units that have one. A speaker with so many units that a set's share is at least one of them is in
-    that set. Where there are so few units that a set would be empty, it is given the one with the smallest number.
+    that set. Where there are so few units that a set would be empty, it is given the one with the smallest number;
+    training always has one.
     """
     sets = {unit: known[unit] if unit in known else _by_number(unit, valid, test) for unit in units}
     for name, share in (("test", test), ("valid", valid)):
@@ -31,6 +32,8 @@ def assign(
         if share > 0:
             new = [unit for unit in units if unit not in known]
             _fill(name, sets, units, movable=new or units)
+    if units and "train" not in {sets[unit] for unit in units}:
+        sets[max([unit for unit in units if unit not in known] or units, key=fraction_of)] = "train"
     return sets
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.metrics import Mean, interval
-from harness.files import RefusedFile, open_file, read_text
+from harness.files import RefusedFile, line_blocks, open_file, read_text
 
 MAX_BYTES = 2**32  # of losses.csv, some 40 million steps
 MAX_SMALL_BYTES = 2**26  # of the other tables
 MAX_LINE = 2**16  # bytes of a row
-BLOCK = 2**20  # bytes read at once
 MAX_BINS = 512  # even
 LARGEST = 1e30  # beyond, a number counts as not finite
 KEPT = 10_000  # first steps whose losses stay as they are, to be held against an expected curve
@@ -73,22 +72,11 @@ def read_curves(path: Path, columns: Sequence[str]) -> Curves:
             raise RefusedFile(f"its first line is {','.join(header)[:80]!r}, expected iteration,{','.join(columns)}")
         table = _Table(len(wanted))
         places = [header.index("iteration"), *map(header.index, wanted)]
-        for lines, overlong in _blocks(file):
-            values, unreadable = _parsed(lines, places)
+        for lines, overlong in line_blocks(file, MAX_LINE):
+            values, unreadable = _parsed([line.decode("utf-8", "replace") for line in lines], places)
             table.add(values)
             table.unreadable += unreadable + overlong
     return table.curves(wanted)
-
-
-def _blocks(file: io.BufferedIOBase) -> Iterator[tuple[list[str], int]]:
-    """Whole lines of each block, and how many were too long to be rows."""
-    rest = b""
-    while block := file.read(BLOCK):
-        *lines, rest = (rest + block).split(b"\n")
-        overlong = len(rest) > MAX_LINE
-        if overlong:
-            rest = b"!"  # makes its end unreadable too
-        yield [line.decode("utf-8", "replace") for line in lines if line.strip()], overlong
 
 
 def _parsed(lines: Sequence[str], places: Sequence[int]) -> tuple[np.ndarray, int]:

@@ -8,12 +8,14 @@ from experiments.floor import ORDERS, floor_result
 from experiments.runs import RESULTS, read_results
 from experiments.tables import PAGE, README, Results, claim_table, counts, headlines, of_setting, plot, rewritten
 from harness import terminal
+from harness.errors import InputError
 from harness.files import written_whole
 
 
 def write_page(claims: Sequence[Claim], results: Path = RESULTS, page: Path = PAGE, readme: Path = README) -> None:
     """Replace the generated sections, and draw a picture for each claim that has runs."""
-    found = read_results(results)
+    if not (found := read_results(results)):
+        raise InputError(f"{results}: no runs there to make tables of; name their table with --results")
     for path, texts in ((page, sections(claims, found)), (readme, readme_sections(claims, found))):
         text = rewritten(path.read_text(encoding="utf-8"), texts)
         with written_whole(path) as temporary:

@@ -4,7 +4,6 @@ Every random choice comes from a generator seeded by (purpose, seed, epoch, ...)
 """
 
 import itertools
-import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.errors import InputError
 from harness.pools import signals_left_to_this_process
-from harness.stopping import leave_signals_to_the_main_process, worker_deaths_named
+from harness.stopping import WISHES, leave_signals_to_the_main_process, worker_deaths_named
 
 _ORDER = 0  # a purpose of random numbers; datasets have others
 
@@ -112,7 +111,7 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         try:
             with worker_deaths_named(self._worker_died):
-                with signals_left_to_this_process(signal.SIGINT, signal.SIGTERM):
+                with signals_left_to_this_process(*WISHES):
                     batches = super().__iter__()
                 yield from batches
         except InputError as error:

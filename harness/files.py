@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import itertools
 import os
 import re
 import stat
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 from harness.errors import InputError
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # the number is that of the process
+BLOCK = 2**20  # bytes of a table read at once
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # a named pipe would be waited for until somebody writes
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
@@ -42,7 +44,6 @@ def open_file(path: str | Path, max_bytes: int) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | _NO_WAITING | _BINARY)
     except ValueError:  # a null byte, or half of a surrogate pair
         raise RefusedFile("that is no name of a file") from None
-    file = open(descriptor, "rb")  # noqa: SIM115 (the caller's to close)
     try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
@@ -51,10 +52,10 @@ def open_file(path: str | Path, max_bytes: int) -> BinaryIO:
             raise RefusedFile(f"{kind_of(status.st_mode)}, expected a file")
         if status.st_size > max_bytes:
             raise RefusedFile(f"{status.st_size} bytes, at most {max_bytes} are accepted")
+        return open(descriptor, "rb")
     except BaseException:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
 
 
 def read_bytes(path: str | Path, max_bytes: int) -> bytes:
@@ -76,6 +77,21 @@ def read_text(path: str | Path, max_bytes: int, errors: str = "strict") -> str:
     except UnicodeDecodeError as error:
         raise RefusedFile(f"not text in UTF-8: {error.reason} at byte {error.start}") from None
     return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+
+
+def line_blocks(file: BinaryIO, max_line: int) -> Iterator[tuple[list[bytes], int]]:
+    """Lines of an open file by blocks, those of spaces left out, and how many in each were longer than max_line bytes.
+
+    A last line without its end is one that is being written, and is left out.
+    """
+    rest = b""
+    while block := file.read(BLOCK):
+        *lines, rest = (rest + block).split(b"\n")
+        whole = [line for line in lines if len(line) <= max_line]
+        overlong = len(lines) - len(whole)
+        if len(rest) > max_line:
+            rest = bytes(max_line + 1)  # its end is too long as well
+        yield [line for line in whole if line and not line.isspace()], overlong
 
 
 def kind_of(mode: int) -> str:
@@ -139,6 +155,29 @@ def in_a_name(number: float) -> str:
     """A number in the name of a file: short, and another one for every other number."""
     short = f"{number:g}"
     return short if float(short) == number else repr(float(number))
+
+
+def write_keeping(path: Path, text: str) -> Path | None:
+    """Write a text file whole; another one in its place is kept beside it as `NAME.1` or so, whose path is returned."""
+    if path.exists():
+        with suppress(RefusedFile):
+            if read_bytes(path, len(text.encode()) + 1) == text.encode():
+                return None
+    kept = _put_aside(path) if os.path.lexists(path) else None
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return kept
+
+
+def _put_aside(path: Path) -> Path:
+    """Give what is there a second name, where the file system can; else another one."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    kept = next(name for name in numbered if not os.path.lexists(name))
+    try:
+        os.link(path, kept, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        os.replace(path, kept)
+    return kept
 
 
 def _sync_folder(folder: Path) -> None:

@@ -91,7 +91,7 @@ def _named(name: str, folders: Sequence[Path]) -> str:
     if not _is_there(name, folders):
         for folder in folders:
             for candidate in (folder / "wavs" / f"{name}.wav", folder / "wavs" / name, folder / f"{name}.wav"):
-                if candidate.is_file():
+                if os.path.isfile(candidate):  # which a name that is too long does not raise from
                     return str(candidate)
     return _locate(name, folders)
 

@@ -1,6 +1,7 @@
 """Records of a run for people: tables as CSV, and TensorBoard, both over the iteration."""
 
-from collections.abc import Callable, Mapping, Sequence
+import errno
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,16 @@ from torch import Tensor
 
 from harness import terminal
 from harness.errors import reason
-from harness.files import Appended, RefusedFile, read_text, written_whole
+from harness.files import Appended, RefusedFile, line_blocks, open_file, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 
-MAX_TABLE_BYTES = 2**31  # some 20 million steps
+MAX_TABLE_BYTES = 2**32  # some 40 million steps
+MAX_ROW_BYTES = 2**12
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # that may pass
 
 
 class RunLog:
@@ -37,23 +40,24 @@ class RunLog:
         self._open_writer(start + 1)
 
     def _open_table(self, path: Path, start: int) -> Appended:
-        rows = [",".join(self.columns)]
-        if start and path.exists():
-            rows += [line for line in self._lines(path) if self._is_earlier(line, start)]
-        with written_whole(path) as temporary:
-            temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            file.write(",".join(self.columns).encode() + b"\n")
+            if start and path.exists() and not path.is_dir():
+                file.writelines(self._earlier(path, start))
         return Appended(path)
 
-    def _lines(self, path: Path) -> list[str]:
+    def _earlier(self, path: Path, start: int) -> Iterator[bytes]:
+        """Rows up to an iteration, of a table of whatever length and content."""
         try:
-            return read_text(path, MAX_TABLE_BYTES, errors="replace").split("\n")
+            with open_file(path, MAX_TABLE_BYTES) as table:
+                for lines, _ in line_blocks(table, MAX_ROW_BYTES):
+                    yield from (line + b"\n" for line in lines if self._is_earlier(line, start))
         except (RefusedFile, OSError) as error:
             terminal.warn(f"{path}: the earlier rows cannot be read ({reason(error)}); the table begins anew")
-            return []
 
-    def _is_earlier(self, line: str, start: int) -> bool:
-        iteration, *values = line.split(",")
-        numbered = iteration.isascii() and iteration.isdecimal() and len(iteration) < 20
+    def _is_earlier(self, line: bytes, start: int) -> bool:
+        iteration, *values = line.split(b",")
+        numbered = iteration.isdigit() and len(iteration) < 20
         return numbered and len(values) + 1 == len(self.columns) and int(iteration) <= start
 
     def _open_writer(self, first: int | None = None) -> None:
@@ -63,10 +67,11 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
 
             self._writer = SummaryWriter(self._tensorboard, purge_step=first)
-        except OSError as error:
-            self._refused(error)
         except Exception as error:
-            self._give_up(error)
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                self._refused(error)
+            else:  # another thing is in the place of its folder
+                self._give_up(error)
 
     def steps(self, rows: Sequence[Sequence[float]]) -> None:
         """Append rows of the columns; TensorBoard gets the last.

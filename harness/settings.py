@@ -2,11 +2,12 @@
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from harness.errors import MAX_SHOWN, InputError
@@ -59,6 +60,14 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise InputError(_complaint(type(self), values, error)) from None
 
+    @model_validator(mode="after")
+    def _check_texts(self) -> Self:
+        for name, value in self:
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and not _is_name(text):
+                    raise InputError(f"{name}: expected text that a file's name can hold, got {show(text)}")
+        return self
+
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, checked like the original."""
         return type(self)(**{**dict(self), **changes})
@@ -78,6 +87,13 @@ def parse_section(section: type[Section], values: Any, prefix: str = "") -> Sect
         return section(**values)
     except InputError as error:
         raise InputError(f"{prefix}{error}") from None
+
+
+def _is_name(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 # --- complaints -------------------------------------------------------------------------------------------

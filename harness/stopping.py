@@ -19,6 +19,10 @@ from harness.errors import InputError, reason
 from harness.pools import end_children
 
 INTERRUPTED = 130  # the status that shells give to a process which ended by SIGINT
+WISHES = tuple(  # to stop: of a person, of a batch queue, of a terminal or a connection that is gone
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+_HANG_UP = getattr(signal, "SIGHUP", None)
 SAME_INTERRUPT = 0.25  # seconds: torchrun hands a terminal's Ctrl-C on to processes that have had it already
 
 Result = TypeVar("Result")
@@ -173,11 +177,11 @@ def uninterrupted() -> Iterator[None]:
 
 
 class StopRequest:
-    """A wish to end a run before its last step: after SIGINT, SIGTERM, or `hours`; asked before steps.
+    """A wish to end a run before its last step: after SIGINT, SIGTERM, SIGHUP, or `hours`; asked before steps.
 
     A signal is only noted: nothing is raised into code that does not expect it. A second SIGINT, of a person who does
-    not want to wait, ends the process at once, as SIGKILL would. SIGTERM and SIGINT in either order, and a SIGINT that
-    comes by two ways at the same time, are one wish.
+    not want to wait, ends the process at once, as SIGKILL would. Several different ones, and a SIGINT that comes by
+    two ways at the same time, are one wish. SIGHUP is left alone where it is ignored, as under nohup.
     """
 
     def __init__(self, hours: float | None = None) -> None:
@@ -206,7 +210,8 @@ class StopRequest:
         return 0
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [one for one in WISHES if one != _HANG_UP or signal.getsignal(one) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in heeded}
         if _interrupted():  # and lost in what was done before
             self.signal, self._interrupted_at, _interrupt.at = signal.SIGINT, _interrupt.at, math.inf
         return self
@@ -258,7 +263,9 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     """`worker_init_fn` of data loaders. Ctrl-C and batch queues signal every process of a job; the main one, which
     has yet to write its checkpoint, decides when its workers stop: by SIGTERM too, so the sender is looked at.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in WISHES:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where workers end at any SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_at_the_parents_word, daemon=True).start()

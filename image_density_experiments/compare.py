@@ -17,21 +17,22 @@ elif __name__ == "__main__":
 import argparse
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from harness import terminal
 from harness.errors import InputError, reason, show
-from harness.files import RefusedFile, read_text
-from harness.log import MAX_TABLE_BYTES
+from harness.files import RefusedFile, open_file
 from harness.settings import parse_section
 from harness.stopping import exit_status, leave
 from image_density_experiments.checkpoint import list_checkpoints, newest_checkpoint
 from image_density_experiments.figures import save_curves
 from image_density_experiments.loop import EPOCH_FILE, STEP_FILE
 from image_density_experiments.model import ImageFlow, ImageModelConfig, count_parameters
+
+MAX_TABLE_BYTES = 2**28  # of a row per step
 
 
 class Run(NamedTuple):
@@ -50,7 +51,7 @@ class Run(NamedTuple):
 def read_run(folder: Path) -> Run:
     """Raises InputError where the folder holds no run with an epoch done."""
     checkpoints = list_checkpoints(folder)
-    epochs = _rows(folder / EPOCH_FILE)
+    epochs = list(_rows(folder / EPOCH_FILE))
     if not checkpoints or not epochs:
         raise InputError(f"{folder}: holds no run with a whole epoch; train it first")
     start = newest_checkpoint(folder)
@@ -87,12 +88,13 @@ def _whole(row: dict[str, str], column: str, path: Path) -> int:
     return int(value)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _rows(path: Path) -> Iterator[dict[str, str]]:
     if not path.exists():
-        return []
+        return
     try:
-        return list(csv.DictReader(io.StringIO(read_text(path, MAX_TABLE_BYTES))))
-    except (RefusedFile, OSError, csv.Error) as error:
+        with open_file(path, MAX_TABLE_BYTES) as file:
+            yield from csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline=""))
+    except (RefusedFile, OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a table ({reason(error)}); mend or remove it") from None
 
 

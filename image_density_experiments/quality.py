@@ -6,7 +6,7 @@ comparable only where the features, the test images and the number of samples ar
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from harness.downloads import damage_named
 from harness.errors import InputError
+from harness.files import RefusedFile, open_file
 from image_density_experiments.data import quantise
 from image_density_experiments.model import ImageFlow
 from image_density_experiments.splits import ImageSequence
 
 OWN_LATENTS = "latents"
 BATCH = 64
+MAX_NETWORK_BYTES = 2**33
 SUBSETS, SUBSET = 100, 1000  # of the kernel distance, as published: how many, and of how many images at most
 
 Features = Callable[[np.ndarray], Tensor]  # uint8 [B, H, W, C] -> [B, D]
@@ -38,13 +40,21 @@ def make_features(source: str, model: ImageFlow) -> tuple[Features, str]:
     """Features by a TorchScript file, or by the model if `source` is "latents"; and what they are, in words.
 
     A network takes float32 RGB images [B, 3, H, W] of 0 ... 255 and gives [B, D], or maps [B, D, h, w], which are
-    averaged. Raises InputError.
+    averaged. Such a file is a program, which is run. Raises InputError.
     """
     if source == OWN_LATENTS:
         return lambda images: _top_latents(model, images), "the flow's own top latents"
-    with damage_named(source, "cannot be loaded as a TorchScript network (torch.jit.save writes one)"):
-        network = torch.jit.load(source, map_location=next(model.parameters()).device).eval()
+    complaint = "cannot be loaded as a TorchScript network (torch.jit.save writes one)"
+    with damage_named(source, complaint), open_file(source, MAX_NETWORK_BYTES) as file:
+        network = _loaded(file).to(next(model.parameters()).device).eval()
     return lambda images: _by_network(network, images, source), f"the features of {Path(source).name}"
+
+
+def _loaded(file: BinaryIO) -> torch.jit.ScriptModule:
+    try:
+        return torch.jit.load(file, map_location="cpu")
+    except RuntimeError:  # in pages of the library's own words
+        raise RefusedFile("no such archive, or a damaged one") from None
 
 
 @torch.no_grad()

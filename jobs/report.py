@@ -21,7 +21,7 @@ from config import Config
 from evaluation.charts import Drawing, Line, draw, steps
 from evaluation.run_tables import Evaluation
 from harness import terminal
-from harness.errors import one_line, show
+from harness.errors import InputError, one_line, show
 from harness.files import written_whole
 from harness.folder import VERSION
 from jobs.report_runs import Run, flat, read_runs
@@ -88,7 +88,12 @@ def _place(first: str | Path, output: str | None) -> Path | None:
     if output == STDOUT:
         return None
     path = Path(first if output is None else output)
-    return path / NAME if path.is_dir() or path.suffix.lower() not in (".html", ".htm") else path
+    page = path.suffix.lower() in (".html", ".htm")
+    if path.is_dir() or not (page or path.exists()):
+        return path / NAME
+    if not page:
+        raise InputError(f"--output {path}: exists, and is no folder; give one, or a name that ends with .html")
+    return path
 
 
 def render(runs: Sequence[Run], device: torch.device) -> str:

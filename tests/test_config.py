@@ -183,3 +183,14 @@ def test_a_config_of_a_megabyte_is_refused_in_a_moment_and_in_one_line(values):
         config_from_dict(sections() | {"waveflow_config": {"res_channels": 8, "coupling_type": "waveflow", **values}})
     assert time.monotonic() - began < 1
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["train_config.output_directory", "train_config.checkpoint_path", "data_config.training_files",
+            "data_config.test_files", "waveflow_config.model_name", "dist_config.dist_url"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["\\ud800", "a\\u0000b", "a\\udfffb"])
+def test_names_that_no_file_can_have_are_refused_by_key(key, name):
+    for value in (f'"{name}"', *([f'["a", "{name}"]'] if key.endswith("test_files") else [])):
+        with pytest.raises(InputError, match=rf"{key.split('.')[1]}:? .*expected (text that|a plain folder name)"):
+            load_config(ROOT / "configs" / "demo.json", [f"{key}={value}"])

@@ -231,18 +231,22 @@ def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(config, tmp_path, c
     assert ckpt.list_checkpoints(tmp_path / "runs" / "tiny") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_finish_the_step_and_save(config, tmp_path, number):
     path = config(train_config__iters_per_checkpoint=100_000, train_config__num_workers=1)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, ROOT / "train.py", "-c", path], cwd=ROOT, env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
     table = tmp_path / "runs" / "tiny" / "losses.csv"
     for _ in range(600):
         if table.exists() and len(table.read_text().splitlines()) > 3:
             break
         time.sleep(0.1)
-    process.send_signal(number)
+    if number == signal.SIGHUP:  # of a terminal: to all its processes, those that load data too
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     assert "Traceback" not in err

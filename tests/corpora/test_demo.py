@@ -1,5 +1,6 @@
 """corpora/demo.py: what espeak-ng makes of the sentences."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from audio import read_wav
 from corpora.demo import make_demo_corpus
 from data import overlap_warning, read_file_list
+from harness.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +69,34 @@ def test_other_sentences_are_spoken_anew(tmp_path):
     sentences.write_text("Another.\nTwo words.\n", encoding="utf-8")
     assert make_demo_corpus(tmp_path / "demo", sentences)[1] is False
     assert (tmp_path / "demo" / "wavs" / "demo_001.wav").read_bytes() != one
+
+
+@pytest.mark.parametrize("metadata", ["LJ001-0001|Printing,|Printing,\n", "demo_001|One.\nmine|Two.\n", b"\xff\x00"])
+def test_the_folder_of_another_corpus_is_refused(tmp_path, metadata):
+    """Before a word is spoken; nothing in it changes."""
+    content = metadata if isinstance(metadata, bytes) else metadata.encode()
+    (tmp_path / "metadata.csv").write_bytes(content)
+    (tmp_path / "train_files.txt").write_text("mine\n")
+    with pytest.raises(InputError, match=r"metadata\.csv: no table of the demo corpus; choose another folder"):
+        make_demo_corpus(tmp_path)
+    assert (tmp_path / "metadata.csv").read_bytes() == content
+    assert sorted(os.listdir(tmp_path)) == ["metadata.csv", "train_files.txt"]
+
+
+def test_lists_that_somebody_has_changed_are_kept(tmp_path, capsys):
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("One.\nTwo words.\n", encoding="utf-8")
+    folder = tmp_path / "demo"
+    make_demo_corpus(folder, sentences)
+    whole = (folder / "train_files.txt").read_text()
+    for number in (1, 2):
+        (folder / "train_files.txt").write_text(whole + f"mine {number}\n")
+        make_demo_corpus(folder, sentences)
+        assert (folder / f"train_files.txt.{number}").read_text() == whole + f"mine {number}\n"
+        assert (folder / "train_files.txt").read_text() == whole
+        assert f"another one was there; it is train_files.txt.{number} now" in capsys.readouterr().err
+    make_demo_corpus(folder, sentences)
+    assert sorted(path.name for path in folder.glob("*.[0-9]")) == ["train_files.txt.1", "train_files.txt.2"]
 
 
 def test_the_demo_command_makes_the_same_samples_again_and_ends_cleanly(demo, tmp_path):

@@ -374,6 +374,10 @@ def test_a_set_is_a_matter_of_the_name():
     assert sorted(first.values()) == ["test", "train", "train", "valid"]
     assert assign([*few, "another"], 0.05, 0.05, first).items() >= first.items()
     assert assign(["one"], 0.5, 0.5, {"one": "train"}) == {"one": "train"}
+    for units in ([f"u{number}" for number in range(first, first + 3)] for first in range(0, 60, 3)):
+        for some in (units, units[:1], units[:2]):  # there is always something to train on
+            assert "train" in assign(some, 0.5, 0.5, {}).values()
+            assert "train" in assign(some, 0.5, 0.49, dict.fromkeys(some, "test")).values()
     old, *new = sorted(few, key=fraction_of)
     assert assign([old, *new], 0.05, 0.05, {old: "train"})[old] == "train"  # though its number is the smallest
 

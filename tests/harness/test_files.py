@@ -13,7 +13,19 @@ import pytest
 import checkpoint as ckpt
 from harness import files
 from harness.errors import InputError
-from harness.files import Appended, check_apart, in_a_name, read_text, remove_debris, write_table, written_whole
+from harness.files import (
+    Appended,
+    RefusedFile,
+    check_apart,
+    in_a_name,
+    line_blocks,
+    open_file,
+    read_text,
+    remove_debris,
+    write_keeping,
+    write_table,
+    written_whole,
+)
 from tests.support.experiments import fails, losses, run
 
 
@@ -82,6 +94,52 @@ def test_nothing_is_written_over_what_is_read(tmp_path, monkeypatch):
 def test_another_number_has_another_name(number, name):
     assert in_a_name(number) == name
     assert in_a_name(math.nextafter(number, 2)) != name
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_what_is_no_file_is_named_and_leaves_no_descriptor(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(bytes(99))
+    before = descriptors()
+    for name, error, words in (
+        ("", IsADirectoryError, ""),
+        ("pipe", RefusedFile, "a named pipe"),
+        ("large", RefusedFile, "99 bytes, at most 10"),
+        ("none", FileNotFoundError, ""),
+    ):
+        with pytest.raises(error, match=words) as raised:
+            open_file(tmp_path / name, 10)
+        assert error is RefusedFile or raised.value.filename in (str(tmp_path / name), tmp_path / name)
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 100])
+def test_lines_come_by_blocks_whole(block, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK", block)
+    content = b"one\n\n  \ntwo\r\nmuch too long\n1234567\n12345678\nlast\n" + b"\n" * 50 + b"unfinished"
+    blocks = list(line_blocks(io.BytesIO(content), 7))
+    assert [line for lines, _ in blocks for line in lines] == [b"one", b"two\r", b"1234567", b"last"]
+    assert sum(overlong for _, overlong in blocks) == 2
+
+
+def test_a_text_that_was_there_is_kept_beside_the_new_one(tmp_path):
+    path = tmp_path / "list.txt"
+    assert write_keeping(path, "a\n") is None and write_keeping(path, "a\n") is None
+    assert write_keeping(path, "b\n") == tmp_path / "list.txt.1"
+    assert write_keeping(path, "c\n") == tmp_path / "list.txt.2"
+    path.unlink()
+    (tmp_path / "own").write_text("linked")
+    path.symlink_to("own")
+    assert write_keeping(path, "d\n") == tmp_path / "list.txt.3"
+    path.unlink()
+    path.mkdir()
+    assert write_keeping(path, "e\n") == tmp_path / "list.txt.4"
+    found = {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path) if (tmp_path / name).is_file()}
+    kept = {"list.txt.1": "a\n", "list.txt.2": "b\n", "list.txt.3": "linked"}
+    assert found == {"list.txt": "e\n", "own": "linked", **kept} and (tmp_path / "list.txt.4").is_dir()
 
 
 def test_a_link_in_the_way_is_not_followed(tmp_path):

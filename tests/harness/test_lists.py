@@ -54,3 +54,11 @@ def test_json_without_a_recording_is_named_with_its_line(tmp_path, line):
     with pytest.raises(InputError, match=r"list\.jsonl, line 2: .*JSON") as error:
         read_entries(tmp_path / "list.jsonl")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a/" * 2_000])
+def test_names_that_no_file_can_have_are_left_to_who_reads_them(tmp_path, name):
+    for line in (f"{name}|text", name, f"{name}\ttext", f"id {name}"):
+        (tmp_path / "list.txt").write_text(f"{line}\n")
+        [entry] = read_entries(tmp_path / "list.txt")
+        assert entry.audio

@@ -31,7 +31,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def test_a_signal_is_noted_and_its_status_is_the_conventional_one(capsys):
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with StopRequest() as stop:
             assert not stop
             os.kill(os.getpid(), number)
@@ -39,8 +39,19 @@ def test_a_signal_is_noted_and_its_status_is_the_conventional_one(capsys):
         assert stop.exit_status(saved=True, finished=False, resume="go on") == 128 + number
         assert stop.exit_status(saved=False, finished=False, resume="go on") == 1
     said = capsys.readouterr()
-    assert said.out == "stopped by SIGINT; go on\nstopped by SIGTERM; go on\n"
-    assert said.err == "error: the last checkpoint could not be saved; free some space, go on\n" * 2
+    assert said.out == "stopped by SIGINT; go on\nstopped by SIGTERM; go on\nstopped by SIGHUP; go on\n"
+    assert said.err == "error: the last checkpoint could not be saved; free some space, go on\n" * 3
+
+
+def test_a_hang_up_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def signalled(numbers, pause):

@@ -1,5 +1,9 @@
 """Distances between sets of images: known values, features by name, and what cannot be measured."""
 
+import os
+import re
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +93,18 @@ def test_networks_that_do_not_fit_are_one_line(tmp_path):
     features, _ = make_features(scripted(tmp_path / "flat.pt", Flat()), random_model())
     with pytest.raises(InputError, match=r"flat\.pt: does not take images of shape .*expected \[64, D\]"):
         features_of(IMAGES, features)
+
+
+def test_what_is_no_network_is_refused_at_once_in_our_words(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("x" * 999)
+    with zipfile.ZipFile(tmp_path / "archive", "w") as archive:
+        archive.writestr("data.pkl", "x")
+    for name in ("pipe", "empty", "text", "archive", "", "none", "n" * 300, "nul\0"):
+        with pytest.raises(InputError, match="cannot be loaded as a TorchScript network") as error:
+            make_features(str(tmp_path / name), random_model())
+        assert not re.search("miniz|PytorchStreamReader|seeing|enforce", str(error.value))
 
 
 def test_what_has_no_distance_is_refused():

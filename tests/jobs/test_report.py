@@ -163,6 +163,12 @@ def test_output_is_a_file_a_folder_or_stdout(made, tmp_path, capsysbinary):
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert done.returncode == 0 and done.stdout.startswith(b"<!DOCTYPE html>") and b"</html>" in done.stdout[-10:]
     assert b"report of 1 run(s): stdout" in done.stderr
+    (tmp_path / "notes.md").write_text("mine")
+    assert run("--report", made / "two", "--output", tmp_path / "notes.md") == 1
+    assert (
+        b"notes.md: exists, and is no folder; give one, or a name that ends with .html" in capsysbinary.readouterr().err
+    )
+    assert (tmp_path / "notes.md").read_text() == "mine"
 
 
 def test_without_a_folder_it_is_the_run_of_the_config(made):

@@ -39,8 +39,18 @@ def kill(process, dice):
     os.kill(process.pid, signal.SIGKILL)
 
 
-TERM, INT = signal.SIGTERM, signal.SIGINT
-STORMS = [[TERM], [INT], [TERM, INT], [INT, TERM], [TERM] * 4, [INT] * 3, [TERM, INT, TERM, TERM]]
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+STORMS = [
+    [TERM],
+    [INT],
+    [TERM, INT],
+    [INT, TERM],
+    [TERM] * 4,
+    [INT] * 3,
+    [TERM, INT, TERM, TERM],
+    [HUP],
+    [HUP, TERM, INT],
+]
 
 
 def storm(process, dice):
@@ -72,7 +82,7 @@ def struck(start, checkpoints, dice, longest, strike):
 
 
 # Of a storm while Python starts, before the run takes signals for wishes: death by the signal.
-STATUSES = {kill: (-signal.SIGKILL,), storm: (128 + TERM, 128 + INT, -TERM, -INT)}
+STATUSES = {kill: (-signal.SIGKILL,), storm: (128 + TERM, 128 + INT, 128 + HUP, -TERM, -INT, -HUP)}
 
 
 def survive(start, checkpoints, read_all, kills, longest, dice, strike=kill):
