@@ -21,6 +21,7 @@ from harness.errors import MAX_SHOWN, InputError, one_line, show
 MAX_STRENGTH = 1e6  # as of the numbers of command lines
 MAX_RATE = 2**31 - 1  # Hz, as of their whole numbers
 SEEDS = -(2**63), 2**64 - 1  # the range of PyTorch's generators
+MAX_PATH = 2**12  # characters
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # --- arrays -----------------------------------------------------------------------------------------------
@@ -113,8 +114,9 @@ def _array_of(value: list[Any] | tuple[Any, ...], name: str) -> np.ndarray:
 def number(value: object, name: str, maximum: float = math.inf) -> float:
     """A finite number from 0 to `maximum`, a whole one or a scalar of numpy's or PyTorch's too."""
     plain = _scalar(value)
+    is_number = hasattr(plain, "__float__") and not isinstance(plain, (bool, np.ndarray, Tensor))
     try:
-        found = math.nan if isinstance(plain, (bool, str, bytes, np.ndarray, Tensor)) else float(plain)
+        found = float(plain) if is_number else math.nan
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not 0 <= found <= maximum or found == math.inf:
@@ -181,11 +183,13 @@ def items_of(value: object, name: str, expected: str) -> Iterator[Any]:
 
 
 def path_of(value: object, name: str, expected: str) -> Path:
-    """Path in a text or an object that stands for one; InputError where it is neither, or empty."""
+    """Path in a text or an object that stands for one; InputError where it is neither, empty or too long."""
     try:
         text = os.fspath(value)
     except TypeError:
         text = None
     if not isinstance(text, str) or not text:
         raise InputError(f"{name} {_shown(value)}: expected {expected}")
+    if len(text) > MAX_PATH:
+        raise InputError(f"{name} {show(text)}: {len(text)} characters, which no file's name has; expected {expected}")
     return Path(text)
