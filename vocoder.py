@@ -151,7 +151,8 @@ class Vocoder:
     ) -> Array | list[Array]:
         """Audio [T] in [-1, 1] of a log-mel [M, F], T = hop_length (F - 1): [B, T] of [B, M, F], a list of a list.
 
-        Arrays are like the mel: numpy, or tensors on its device. Each of several mels sounds as it does alone.
+        Mels are of any floating-point type, arrays of audio like them in kind, numpy or tensors on their device, and
+        float32. Each of several mels sounds as it does alone.
         temp: standard deviation of the noise that synthesis starts from; seed: the same noise again, for each mel;
         without, it comes from PyTorch's global generator. match_mel: passes of `synthesis.mel_matching`, which filters
         the audio until its own mel is the one asked for; denoise: strength of `synthesis.denoiser`, before that.

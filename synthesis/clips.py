@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import InputError, show
-from synthesis.arguments import MAX_STRENGTH, number, whole_number
+from synthesis.arguments import MAX_STRENGTH, number, tensor_of, whole_number
 from synthesis.mel_matching import MAX_PASSES
 
 Item = TypeVar("Item")
@@ -55,10 +55,15 @@ PLAIN = Finish()
 
 
 def checked_clip(clip: object) -> Clip:
-    """A clip as it is; InputError where it is none."""
-    if isinstance(clip, Clip) and all(isinstance(part, Tensor) and part.dim() == 2 for part in (clip.mel, clip.z)):
-        return clip
-    raise InputError(f"clip {show(clip)}: expected what Vocoder.clip gives, with mel [M, F] and noise z [h, W]")
+    """A clip as it is; InputError where it is none, or not of such tensors as `Vocoder.clip` gives."""
+    parts = (clip.mel, clip.z) if isinstance(clip, Clip) else (None,)
+    if any(not isinstance(part, Tensor) or part.dim() != 2 for part in parts) or parts[0].size(1) < 2:
+        raise InputError(
+            f"clip {show(clip)}: expected what Vocoder.clip gives: a mel [M, F] of at least 2 frames, noise [h, W]"
+        )
+    for part, name in zip(parts, ("mel", "noise"), strict=True):
+        tensor_of(part, f"{name} of clip {clip.source}")
+    return clip
 
 
 def in_batches(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:

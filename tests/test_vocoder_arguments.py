@@ -472,6 +472,15 @@ def test_a_warning_is_of_the_line_that_loads(monkeypatch):
     assert found[0].filename == __file__
 
 
+def test_a_warning_of_a_mel_is_of_the_line_that_gives_it(vocoder):
+    vocoder = Vocoder.from_pretrained("nanoflow", device="cpu")
+    for give in (lambda: vocoder(ARRAY + 30), lambda: vocoder([MEL + 30])):
+        vocoder.reader.warned = False
+        with pytest.warns(UserWarning, match="it will sound like noise") as found:
+            give()
+        assert found[0].filename == __file__
+
+
 def test_a_warning_of_broken_files_is_of_the_line_that_loads(tmp_path):
     shipped = torch.load(NO_CONFIG, weights_only=True)
     for name, content in (("waveflow_1", shipped), ("waveflow_2", b"")):
@@ -515,14 +524,29 @@ def test_files_are_read_by_paths_of_any_form(vocoder, tmp_path):
 @table(
     (
         "clips",
-        (None, 5, "abc", [None], [ARRAY], [Clip("it", ARRAY, MEL)], [Clip("it", MEL[0], MEL)], Clip("it", MEL, MEL)),
+        (
+            None,
+            5,
+            "abc",
+            [None],
+            [ARRAY],
+            [Clip("it", ARRAY, MEL)],
+            [Clip("it", MEL[0], MEL)],
+            Clip("it", MEL, MEL),
+            [Clip("it", MEL[:, :1], MEL[:8])],
+            [Clip("it", MEL.to_sparse(), MEL)],
+            [Clip("it", MEL, MEL.to("meta"))],
+            [Clip("it", MEL.int(), MEL)],
+            [Clip("it", MEL[:40], MEL[:8])],
+            [Clip("it", MEL, MEL[:7])],
+        ),
     ),
     ("batch_seconds", NO_NUMBERS),
     ("finish", (None, 5, (1, 0.5), {})),
 )
 def test_what_cannot_be_synthesized_is_refused(vocoder, name, value):
     given = {"clips": [vocoder.clip("it", MEL, 1.0, 0)], name: value}
-    refused(lambda: list(vocoder.synthesize(**given)), name, "clip ")
+    refused(lambda: list(vocoder.synthesize(**given)), name, "clip ", "mel of ", "noise of ", "z of ")
 
 
 def test_clips_before_a_wrong_one_are_synthesized(vocoder):
