@@ -30,6 +30,7 @@ from harness.torch_files import load_tensors
 INT16_SCALE = 32_768.0  # full scale of 16-bit audio
 LOG_FLOOR = 1e-5  # smallest mel magnitude, as in Tacotron 2 and WaveGlow
 PEAK = 0.999  # what `rescale` makes of a clip's loudest sample
+MAX_SAMPLES = 2**28  # of a sound, over all channels: an hour and a half of stereo at 24 kHz, 1 GiB
 MAX_MEL_BYTES = 2**29  # five hours at 80 bands and hop 256; more is taken for a broken or hostile file
 MEL_SUFFIXES = (".npy", ".pt")
 PCM, EXTENSIBLE = 1, 0xFFFE  # formats of a wav; the second says in a GUID which it is
@@ -284,6 +285,15 @@ def shortest_audio(config: DataConfig) -> int:
     return config.filter_length // 2 + 1
 
 
+def check_length(source: str | Path, frames: int, channels: int, rate: int, target: int) -> None:
+    """InputError where so many frames, at their own rate or at `target` Hz, are more samples than can be borne."""
+    if max(frames * channels, frames / rate * target) > MAX_SAMPLES:
+        raise InputError(
+            f"{source}: {frames} samples of {channels} channel(s) at {rate} Hz, expected at most {MAX_SAMPLES}, and no "
+            f"more at {target} Hz; cut it up"
+        )
+
+
 def resample(audio: Tensor, rate: int, target: int) -> Tensor:
     """Audio [T] at `rate` Hz as audio at `target` Hz, by librosa's band-limited interpolation."""
     if rate == target:
@@ -345,13 +355,13 @@ def _mel_advice(path: str | Path) -> str:
     return "save it with np.save or torch.save" if beginning else "it is empty: make it again"
 
 
-def check_mel(mel: Tensor, name: str | Path, n_mel_channels: int) -> Tensor:
+def check_mel(mel: Tensor, name: str | Path, n_mel_channels: int, least_frames: int = 2) -> Tensor:
     """A log-mel as float32 [n_mel_channels, F]; a batch axis of 1 is dropped. InputError names it and the fault."""
     if not mel.is_floating_point():
         raise InputError(f"{name}: a mel of type {mel.dtype}, expected floating-point numbers")
     if mel.dim() == 3 and mel.shape[0] == 1:
         mel = mel[0]
-    _check_mel_shape(mel, name, n_mel_channels)
+    _check_mel_shape(mel, name, n_mel_channels, least_frames)
     mel = mel.float().contiguous()
     if not torch.isfinite(mel).all():
         raise InputError(f"{name}: the mel holds NaN or infinite values; make it again from clean audio")
@@ -364,7 +374,7 @@ def write_mel(path: str | Path, mel: Tensor) -> None:
         np.save(file, mel.detach().cpu().float().numpy())
 
 
-def _check_mel_shape(mel: Tensor, name: str | Path, n_mel_channels: int) -> None:
+def _check_mel_shape(mel: Tensor, name: str | Path, n_mel_channels: int, least_frames: int) -> None:
     shape = tuple(mel.shape)
     found = f"{name}: a mel of shape {shape}, expected ({n_mel_channels}, frames)"
     if len(shape) != 2 or 0 in shape:
@@ -373,7 +383,7 @@ def _check_mel_shape(mel: Tensor, name: str | Path, n_mel_channels: int) -> None
         raise InputError(f"{found}; it is transposed, save mel.T")
     if shape[0] != n_mel_channels:
         raise InputError(f"{found}; make it with the mel settings of the config")
-    if shape[1] < 2:
+    if shape[1] < least_frames:
         raise InputError(f"{found}; one frame covers no audio, at least 2 are needed")
     if mel.numel() * mel.element_size() > MAX_MEL_BYTES:  # a .pt may repeat few numbers over any shape
         raise InputError(f"{found}; longer than the {MAX_MEL_BYTES} bytes accepted, cut it up")

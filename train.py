@@ -258,7 +258,7 @@ def _config(options: argparse.Namespace) -> tuple[Config, Checkpoint | None]:
     if options.warm_start:
         path = f"train_config.checkpoint_path={json.dumps(str(checkpoint.path))}"
         return load_config(options.config, [*options.set, path]), None
-    return config_of(checkpoint, config, options.set), checkpoint
+    return config_of(checkpoint, config, "give it with -c FILE", options.set), checkpoint
 
 
 def _job(options: argparse.Namespace, config: Config, device: torch.device, given: Checkpoint | None) -> int:

@@ -7,14 +7,13 @@
 Many clips go through the engine a few at once, and each sounds as it does alone.
 """
 
-import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,11 +23,13 @@ import checkpoint as ckpt
 from audio import MelSpectrogram, check_mel, resample, rescale
 from config import Config, DataConfig, config_with, load_config
 from data import load_synthesis_entry
-from fast.engine import SynthesisEngine, slow_precision_warning
+from fast.engine import SynthesisEngine, check_precision, slow_precision_warning
 from harness.checkpoints import newest_whole
 from harness.devices import choose_device
 from harness.errors import InputError
 from model import FlowVocoder, build_model
+from synthesis.arguments import generator_of, items_of, number, path_of, rate_of, recording_of, seed_of, tensor_of
+from synthesis.clips import PLAIN, Clip, Finish, Sound, checked_clip, in_batches
 from synthesis.denoiser import bias_spectrum, denoise, silent_mel
 from synthesis.mel_checks import MelReader, MelStatistics
 from synthesis.mel_matching import match_mel
@@ -40,45 +41,9 @@ BATCH_SECONDS = {"cpu": 2.0, "cuda": 60.0}
 PRETRAINED = {  # weights that come with the project, by name
     "nanoflow": Path(__file__).parent / "pretrained" / "nanoflow-lp128-r64.safetensors",
 }
-
+# The remedy for weights without a config, of commands that have no flag for one.
+CONVERT = "make weights that do: python checkpoint.py convert FILE OUT -c CONFIG"
 Array = np.ndarray | Tensor
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A sound to be made."""
-
-    source: str  # what errors call it: its file
-    mel: Tensor  # [M, F]
-    z: Tensor  # noise [h, W]
-    output: str = ""  # file name of its wav, if it is to have one
-    recording: Tensor | None = None  # [T], of a clip that is to be compared with it
-
-
-@dataclass(frozen=True)
-class Sound:
-    """The audio made of a clip."""
-
-    clip: Clip
-    audio: Tensor  # [T], on the CPU
-    seconds: float  # its share of the time of its batch
-
-    @property
-    def is_finite(self) -> bool:
-        """True where it can be heard at all; a model that was hardly trained may overflow."""
-        return bool(torch.isfinite(self.audio).all())
-
-
-@dataclass(frozen=True)
-class Finish:
-    """Treatment of the audio after the model."""
-
-    match_mel: int = 0  # passes of `synthesis.mel_matching`
-    denoise: float = 0.0  # strength of `synthesis.denoiser`, which comes first
-
-
-PLAIN = Finish()
 
 
 class Vocoder:
@@ -118,18 +83,25 @@ class Vocoder:
         device: by default a GPU where there is any. A moving average of the weights is preferred to the last ones.
         Raises InputError.
         """
-        if config is not None and not isinstance(config, Config):
-            config = load_config(config)
-        if isinstance(path, Config) or Path(path).suffix == ".json":
-            config = path if isinstance(path, Config) else load_config(path)
-            path = config.run_folder
-            if not path.is_dir():
-                raise InputError(f"no checkpoint in {path}, which does not exist; train first, or name a file")
-        checkpoint = find_checkpoint(path, partial(warnings.warn, stacklevel=3))
-        config = config_of(checkpoint, config)
+        check_precision(precision)  # what is quickly told comes first
         device = choose_device(None if device is None else str(device))
+        warn = partial(warnings.warn, stacklevel=5)  # of the line that calls this
+        checkpoint, config = find_trained(path, config, "pass config=FILE, the experiment file", warn)
+        return cls.of(checkpoint, config, device, precision, mel_preset)
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: ckpt.Checkpoint,
+        config: Config,
+        device: torch.device | None = None,
+        precision: str | None = None,
+        mel_preset: str | None = None,
+    ) -> "Vocoder":
+        """The vocoder of a checkpoint and its config (`find_trained`); the rest as for `from_pretrained`."""
+        device = choose_device() if device is None else device
         if warning := slow_precision_warning(precision, device):
-            warnings.warn(warning, stacklevel=2)
+            warnings.warn(warning, stacklevel=3)
         model = trained_model(checkpoint, config).to(device)
         reader = MelReader(config.data_config, mel_preset, MelStatistics.read(checkpoint.mel_statistics), _warn)
         return cls(model, config.data_config, precision, checkpoint.name, reader)
@@ -157,12 +129,17 @@ class Vocoder:
     def mel(self, audio: Array, sampling_rate: int) -> Array:
         """This vocoder's own log-mel [M, F] of audio [T] in [-1, 1] at any rate; an array like the audio.
 
-        F = T // hop_length + 1, T counted at the vocoder's own rate. Raises InputError.
+        F = T // hop_length + 1, T counted at the vocoder's own rate; of [1, T], [1, M, F]. Raises InputError.
         """
-        samples = resample(torch.as_tensor(audio).detach().cpu(), sampling_rate, self.sampling_rate)
-        if self.data.rescale:
+        rate = rate_of(sampling_rate)
+        given = recording_of(audio, rate, self.sampling_rate)
+        samples = resample(given.flatten(), rate, self.sampling_rate)
+        if self.data.rescale and len(samples):
             samples = rescale(samples, samples.abs().max().item())
-        return _like(audio, self.mel_spectrogram(samples))
+        mel = self.mel_spectrogram(samples)
+        if not mel.isfinite().all():
+            raise InputError(f"audio of samples up to {given.abs().max():.3g}: expected them in [-1, 1]; scale it down")
+        return _like(audio, mel.unsqueeze(0) if given.dim() == 2 else mel)
 
     def __call__(
         self,
@@ -174,7 +151,8 @@ class Vocoder:
     ) -> Array | list[Array]:
         """Audio [T] in [-1, 1] of a log-mel [M, F], T = hop_length (F - 1): [B, T] of [B, M, F], a list of a list.
 
-        Arrays are like the mel: numpy, or tensors on its device. Each of several mels sounds as it does alone.
+        Mels are of any floating-point type, arrays of audio like them in kind, numpy or tensors on their device, and
+        float32. Each of several mels sounds as it does alone.
         temp: standard deviation of the noise that synthesis starts from; seed: the same noise again, for each mel;
         without, it comes from PyTorch's global generator. match_mel: passes of `synthesis.mel_matching`, which filters
         the audio until its own mel is the one asked for; denoise: strength of `synthesis.denoiser`, before that.
@@ -182,24 +160,24 @@ class Vocoder:
         """
         finish = Finish(match_mel, denoise)
         if isinstance(mel, (list, tuple)):
-            return self._audio_of(mel, temp, seed, finish)
-        if getattr(mel, "ndim", 0) == 3 and len(mel):
-            return (torch if isinstance(mel, Tensor) else np).stack(self._audio_of(list(mel), temp, seed, finish))
-        return self._audio_of([mel], temp, seed, finish)[0]
+            audio = self._audio_of(mel, temp, seed, finish)
+            return [_like(given, made) for given, made in zip(mel, audio, strict=True)]
+        numbers = tensor_of(mel, "mel")
+        is_batch = numbers.dim() == 3 and len(numbers) > 0
+        audio = self._audio_of(list(numbers) if is_batch else [numbers], temp, seed, finish)
+        return _like(mel, torch.stack(audio) if is_batch else audio[0])
 
-    def _audio_of(self, mels: Sequence[Array], temp: float, seed: int | None, finish: Finish) -> list[Array]:
-        if not 0 <= temp < math.inf:
-            raise InputError(f"temp {temp}: expected a finite number of at least 0")
+    def _audio_of(self, mels: Sequence[object], temp: float, seed: int | None, finish: Finish) -> list[Tensor]:
+        """The audio [T] of each, on the CPU."""
+        temp, seed = number(temp, "temp"), seed_of(seed)  # also where there is no mel
         clips = []
-        for number, mel in enumerate(mels):
-            name = f"mel {number}" if len(mels) > 1 else "mel"
-            if not isinstance(mel, (np.ndarray, Tensor)):
-                raise InputError(f"{name}: of type {type(mel).__name__}, expected a numpy array or a tensor")
-            clips.append(self.clip(name, self.reader(torch.as_tensor(mel).detach().cpu(), name), temp, seed))
+        for place, mel in enumerate(mels):
+            name = f"mel {place}" if len(mels) > 1 else "mel"
+            clips.append(self.clip(name, self.reader(tensor_of(mel, name), name), temp, seed))
         sounds = [sound for batch in self.synthesize(clips, finish=finish) for sound in batch]
         if spoilt := next((sound for sound in sounds if not sound.is_finite), None):
             raise InputError(f"{spoilt.clip.source}: the synthesis is not finite; train longer, or lower temp")
-        return [_like(mel, sound.audio.clamp(-1, 1)) for mel, sound in zip(mels, sounds, strict=True)]
+        return [sound.audio.clamp(-1, 1) for sound in sounds]
 
     def stream(
         self,
@@ -214,24 +192,23 @@ class Vocoder:
         frames by what the flows can see (`fast.engine.receptive_field`), and by `lookahead_frames` and a block at most
         where that is given, at some cost in sound. Memory does not grow. Raises InputError.
         """
-        if not 0 <= temp < math.inf:
-            raise InputError(f"temp {temp}: expected a finite number of at least 0")
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        temp, generator = number(temp, "temp"), generator_of(seed)
         reach = Reach.of(self.model.config, lookahead_frames)
-        return self._stream(mels, Stream(self.model, self._stream_engines, reach, temp, generator))
+        whole = isinstance(mels, (np.ndarray, Tensor))
+        pieces = items_of([mels] if whole else mels, "mels", "a numpy array, a tensor, or several, one after another")
+        return self._stream(pieces, Stream(self.model, self._stream_engines, reach, temp, generator))
 
-    def _stream(self, mels: Array | Iterable[Array], stream: Stream) -> Iterator[Array]:
+    def _stream(self, mels: Iterable[Array], stream: Stream) -> Iterator[Array]:
         example: list[Array] = []
 
         def frames() -> Iterator[Tensor]:
-            for number, mel in enumerate([mels] if isinstance(mels, (np.ndarray, Tensor)) else mels):
-                example[:] = [mel]
-                frame = torch.as_tensor(mel).detach().cpu()
+            for place, mel in enumerate(mels):
+                name = f"mel {place}"
+                frame = tensor_of(mel, name)
                 frame = frame.unsqueeze(1) if frame.dim() == 1 else frame
-                count = frame.size(-1)  # a single frame is fine here
-                yield from self.reader(torch.cat([frame, frame], -1), f"mel {number}")[:, :count].split(
-                    SHORTEST_BLOCK, 1
-                )
+                frame = self.reader(frame, name, least_frames=1).clone()  # its owner may write into it meanwhile
+                example[:] = [mel]
+                yield from frame.split(SHORTEST_BLOCK, 1)
 
         for audio in stream.run(frames()):
             if not audio.isfinite().all():
@@ -242,17 +219,18 @@ class Vocoder:
     def _stream_engines(self) -> list[SynthesisEngine]:
         return stream_engines(self.model, self.precision)
 
-    def read(self, path: str, temp: float, seed: int) -> Clip:
+    def read(self, path: str | Path, temp: float, seed: int | None) -> Clip:
         """A clip of a wav, with its recording, or of a mel file; InputError where it is neither."""
+        path = str(path_of(path, "path", "the name of a wav or of a mel file"))
         mel, recording = load_synthesis_entry(path, self.data, self.mel_spectrogram)
         mel = self.reader(mel, path) if recording is None else mel
         return replace(self.clip(path, mel, temp, seed), recording=recording)
 
-    def clip(self, source: str, mel: Tensor, temp: float, seed: int | None) -> Clip:
-        """A mel [M, F] on the CPU with noise for it; InputError, naming the source, where it is not one."""
-        mel = check_mel(mel, source, self.n_mels)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        z = self.model.sample_noise(mel.unsqueeze(0), temp, generator)[0, 0]
+    def clip(self, source: str, mel: Array, temp: float, seed: int | None) -> Clip:
+        """A mel [M, F] with noise for it; InputError, naming the source, where it is not one."""
+        source = str(source)
+        mel = check_mel(tensor_of(mel, source), source, self.n_mels)
+        z = self.model.sample_noise(mel.unsqueeze(0), number(temp, "temp"), generator_of(seed))[0, 0]
         return Clip(source, mel, z)
 
     def synthesize(
@@ -262,9 +240,12 @@ class Vocoder:
 
         Clips are taken when they are needed; those before one that cannot be had come first, then its error.
         """
-        at_once = BATCH_SECONDS[self.device.type] if batch_seconds is None else batch_seconds
-        for batch in in_batches(clips, lambda clip: clip.z.numel(), at_once * self.sampling_rate):
-            yield self._synthesize_batch(batch, finish)
+        at_once = BATCH_SECONDS[self.device.type] if batch_seconds is None else number(batch_seconds, "batch_seconds")
+        if not isinstance(finish, Finish):
+            raise InputError(f"finish: of type {type(finish).__name__}, expected a Finish(match_mel, denoise)")
+        checked = map(checked_clip, items_of(clips, "clips", "a list of what Vocoder.clip gives"))
+        batches = in_batches(checked, lambda clip: clip.z.numel(), at_once * self.sampling_rate)
+        return (self._synthesize_batch(batch, finish) for batch in batches)
 
     def _synthesize_batch(self, batch: Sequence[Clip], finish: Finish) -> list[Sound]:
         """Each clip as it sounds alone; the time is shared out by samples."""
@@ -293,28 +274,6 @@ class Vocoder:
         return bias_spectrum(self.engine.synthesize_many([(mel, z)])[0].cpu(), self.data)
 
 
-def in_batches(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:
-    """Consecutive items in lists whose sizes come to at most `limit`; an item larger than that is alone.
-
-    Items are taken when they are needed. Where one cannot be had, those before it come first, then its error.
-    """
-    batch: list[Item] = []
-    total = 0.0
-    try:
-        for item in items:
-            if batch and total + size(item) > limit:
-                yield batch
-                batch, total = [], 0.0
-            batch.append(item)
-            total += size(item)
-    except (InputError, OSError):
-        if batch:
-            yield batch
-        raise
-    if batch:
-        yield batch
-
-
 def trained_model(checkpoint: ckpt.Checkpoint, config: Config) -> FlowVocoder:
     """A model with the checkpoint's weights, on the CPU, in evaluation mode; InputError if they are of another."""
     model = build_model(config.waveflow_config, config.data_config)
@@ -328,13 +287,34 @@ def has_average(checkpoint: ckpt.Checkpoint, config: Config) -> bool:
     return config.train_config.ema_decay > 0 and checkpoint.average is not None
 
 
+def find_trained(
+    path: str | Path | Config, config: str | Path | Config | None, remedy: str, warn: Callable[[str], None]
+) -> tuple[ckpt.Checkpoint, Config]:
+    """The checkpoint that `Vocoder.from_pretrained` is of, and its config; remedy: for one that knows none.
+
+    Raises InputError.
+    """
+    if config is not None and not isinstance(config, Config):
+        config = load_config(path_of(config, "config", "an experiment file, or a Config"))
+    if not isinstance(path, Config):
+        path = path_of(path, "path", "a checkpoint, the folder of a run, an experiment file, or a name")
+        path = load_config(path) if path.suffix == ".json" else path
+    if isinstance(path, Config):
+        config, path = path, path.run_folder
+        if not os.path.isdir(path):
+            raise InputError(f"no checkpoint in {path}, which does not exist; train first, or name a file")
+    checkpoint = find_checkpoint(path, warn)
+    return checkpoint, config_of(checkpoint, config, remedy)
+
+
 def find_checkpoint(path: str | Path, warn: Callable[[str], None]) -> ckpt.Checkpoint:
     """The checkpoint in a file, the newest whole one of a run's folder, or weights that come with the project by name.
 
     Those of a folder that are broken are warned of. Raises InputError.
     """
-    path = Path(path) if Path(path).exists() else PRETRAINED.get(str(path), Path(path))
-    if not path.is_dir():
+    path = path_of(path, "weights", f"a checkpoint, the folder of a run, or a name ({', '.join(PRETRAINED)})")
+    path = path if os.path.exists(path) else PRETRAINED.get(str(path), path)
+    if not os.path.isdir(path):  # of names that no file can have, too, which those of pathlib do not bear
         return ckpt.read_checkpoint(path)
     newest = newest_whole(path, ckpt.FILE_NAME, ckpt.read_checkpoint, warn)
     if newest is None:
@@ -342,12 +322,12 @@ def find_checkpoint(path: str | Path, warn: Callable[[str], None]) -> ckpt.Check
     return newest
 
 
-def config_of(checkpoint: ckpt.Checkpoint, given: Config | None, overrides: Sequence[str] = ()) -> Config:
+def config_of(checkpoint: ckpt.Checkpoint, given: Config | None, remedy: str, overrides: Sequence[str] = ()) -> Config:
     """The config that is given, which must agree with the checkpoint, or its own, or that in its folder.
 
-    overrides: `section.key=value`, of a config that is not given. Raises InputError.
+    remedy: how to give one; overrides: `section.key=value`, of a config that is not given. Raises InputError.
     """
-    config = given or _own_config(checkpoint, overrides)
+    config = given or _own_config(checkpoint, remedy, overrides)
     kind = config.waveflow_config
     if checkpoint.config is None and kind.coupling_type == "waveflow" and ckpt.is_released(checkpoint.weights):
         kind = kind.model_copy(update={"coupling_type": "waveflow_official"})  # whose own configs say "waveflow" too
@@ -356,17 +336,17 @@ def config_of(checkpoint: ckpt.Checkpoint, given: Config | None, overrides: Sequ
     return config
 
 
-def _own_config(checkpoint: ckpt.Checkpoint, overrides: Sequence[str]) -> Config:
+def _own_config(checkpoint: ckpt.Checkpoint, remedy: str, overrides: Sequence[str]) -> Config:
     path = checkpoint.path
     if checkpoint.config is not None:
         try:
             return config_with(checkpoint.config, overrides)
         except InputError as error:
             reason = str(error) if overrides else f"its config is damaged ({error})"
-            raise InputError(f"checkpoint {path}: {reason}; pass config=FILE") from None
-    if (path.parent / "config.json").is_file():
+            raise InputError(f"checkpoint {path}: {reason}; {remedy}") from None
+    if os.path.isfile(path.parent / "config.json"):
         return load_config(path.parent / "config.json", overrides)
-    raise InputError(f"checkpoint {path}: does not know its config; pass config=FILE, the experiment file")
+    raise InputError(f"checkpoint {path}: does not know its config; {remedy}")
 
 
 def _warn(text: str) -> None:

@@ -33,7 +33,7 @@ from harness.errors import InputError
 from harness.folder import locked_run
 from harness.stopping import exit_status, leave
 from synthesis.mel_matching import MAX_PASSES
-from vocoder import PRETRAINED, Vocoder
+from vocoder import CONVERT, PRETRAINED, Vocoder, find_trained
 
 CLAIMS = (ordering.CLAIM, early.CLAIM, beyond.CLAIM)
 SPEECH = PRETRAINED["nanoflow"].parent / "speech"  # held-out recordings that come with the weights
@@ -116,7 +116,7 @@ def _speak(options: argparse.Namespace) -> None:
     files = files or sorted(map(str, SPEECH.glob("*.wav")))
     if not files:
         raise InputError("no recordings given; name some, or a list of them with --list")
-    vocoder = Vocoder.from_pretrained(options.weights)
+    vocoder = Vocoder.of(*find_trained(options.weights, None, CONVERT, terminal.warn))
     means = speak(vocoder, files, options.output, options.temp, options.match_mel)
     say_scores(means, len(files), options.match_mel)
     terminal.say(f"wavs and spectrograms.png: {options.output}")

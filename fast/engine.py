@@ -20,7 +20,7 @@ from fast.cpu import CpuEngine
 from fast.cpu_queues import ConvQueue
 from fast.gpu import GraphEngine
 from harness.devices import exact_convolutions, fast_bfloat16
-from harness.errors import InputError
+from harness.errors import InputError, show
 from linear_prediction import LinearPrediction
 from modules import CONTEXT_FRAMES, Flow, Upsampler
 
@@ -42,6 +42,12 @@ class Invertible(Protocol):
 
     def buffers(self) -> Iterator[Tensor]:
         """Tensors beside the weights on which results depend."""
+
+
+def check_precision(precision: str | None) -> None:
+    """InputError where products in such a precision are not known; None is that of the model."""
+    if precision is not None and not (isinstance(precision, str) and precision in PRECISIONS):
+        raise InputError(f"precision {show(precision)}: expected one of {', '.join(PRECISIONS)}")
 
 
 def slow_precision_warning(precision: str | None, device: torch.device) -> str | None:
@@ -91,8 +97,7 @@ class SynthesisEngine:
         even_if_slow: bool = False,
         queue: type[ConvQueue] | None = None,
     ) -> None:
-        if precision is not None and precision not in PRECISIONS:
-            raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         parameter = next(model.parameters())
         if slow_precision_warning(precision, parameter.device) and not even_if_slow:
             precision = "float32"

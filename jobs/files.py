@@ -119,7 +119,9 @@ def _described(config: Config) -> str:
 def _config(checkpoint: Checkpoint, path: str | None) -> Config | None:
     """The config given, or the file's own; None where it knows none."""
     known = checkpoint.config is not None or (checkpoint.path.parent / "config.json").is_file()
-    return config_of(checkpoint, load_config(path) if path else None) if known or path else None
+    if not (known or path):
+        return None
+    return config_of(checkpoint, load_config(path) if path else None, "give it with -c FILE")
 
 
 # --- convert ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from audio import MEL_SUFFIXES, is_mel_file, resample, rescale, shortest_audio
+from audio import MEL_SUFFIXES, check_length, is_mel_file, resample, rescale, shortest_audio
 from config import DataConfig
 from formats.sounds import open_sound
 from harness import terminal
@@ -16,7 +16,6 @@ from harness.errors import InputError
 from harness.files import RefusedFile, kind_of
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
-MAX_SAMPLES = 2**28  # over all channels: an hour and a half of stereo at 24 kHz, 1 GiB
 
 
 def find_inputs(paths: Sequence[str]) -> list[str]:
@@ -55,12 +54,7 @@ def _opened(path: str, sampling_rate: int) -> Iterator[Any]:
         with terminal.libraries_hushed(), open_sound(path) as file:
             if file.frames < 1:
                 raise InputError(f"{path}: holds no samples, or is damaged; get it again")
-            seconds = file.frames / file.samplerate
-            if max(file.frames * file.channels, seconds * sampling_rate) > MAX_SAMPLES:
-                raise InputError(
-                    f"{path}: {file.frames} samples of {file.channels} channel(s) at {file.samplerate} Hz, expected at "
-                    f"most {MAX_SAMPLES}, and no more at {sampling_rate} Hz; cut it up"
-                )
+            check_length(path, file.frames, file.channels, file.samplerate, sampling_rate)
             yield file
     except (RefusedFile, OSError) as error:
         told = getattr(error, "strerror", None) or error

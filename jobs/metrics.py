@@ -17,7 +17,7 @@ from harness.processes import gather, on_main, share
 from harness.stopping import safe_point
 from jobs.inputs import find_inputs, read_recording, read_sound
 from jobs.synthesis import Request
-from vocoder import PRETRAINED, Vocoder
+from vocoder import CONVERT, PRETRAINED, Vocoder, find_trained
 
 Maker = Callable[[int, Tensor], Tensor]  # number of a recording, the recording [T] -> the sound [T'], at its rate
 
@@ -62,7 +62,8 @@ def _system(path: str, own: Vocoder, entries: Sequence[str], request: Request, s
         return _folder(path, own, entries)
     if not Path(path).exists() and path not in PRETRAINED:
         raise InputError(f"--metrics {path}: expected a checkpoint, a run's folder or a folder of sounds")
-    other = Vocoder.from_pretrained(path, device=str(own.device), precision=request.precision)
+    checkpoint, config = find_trained(path, None, CONVERT, terminal.warn)
+    other = Vocoder.of(checkpoint, config, own.device, request.precision)
     return _synthesis(other, own, request, seed)
 
 

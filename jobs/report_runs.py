@@ -25,6 +25,7 @@ from vocoder import config_of, find_checkpoint
 MAX_RECORD_BYTES = 2**26
 MAX_EVALUATIONS = 20  # files, the newest
 LOSSES_FILE = "losses.csv"
+NO_CONFIG = f"put a {CONFIG_NAME} beside it"  # remedy
 
 Result = TypeVar("Result")
 
@@ -77,7 +78,7 @@ class Run:
             self.note("no checkpoint yet: no audio, z, flows or weights")
             return None
         found = self.attempt("checkpoint", lambda: find_checkpoint(self.folder, self.note))
-        config = found and self.attempt("checkpoint", lambda: config_of(found, self.config))
+        config = found and self.attempt("checkpoint", lambda: config_of(found, self.config, NO_CONFIG))
         return (found, config) if config else None
 
 

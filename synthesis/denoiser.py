@@ -11,6 +11,8 @@ from torch import Tensor
 
 from audio import LOG_FLOOR
 from config import DataConfig
+from harness.errors import InputError
+from synthesis.arguments import MAX_STRENGTH, number
 
 FRAMES = 88  # of silence, of which the middle is heard: about a second
 
@@ -28,7 +30,13 @@ def bias_spectrum(hum: Tensor, data: DataConfig) -> Tensor:
 
 
 def denoise(audio: Tensor, bias: Tensor, strength: float, data: DataConfig) -> Tensor:
-    """Audio [T] without `strength` times the bias spectrum [n_fft/2 + 1, 1]; [T]."""
+    """Audio [T] without `strength` times the bias spectrum [n_fft/2 + 1, 1]; [T]. Raises InputError."""
+    strength = number(strength, "denoise", MAX_STRENGTH)
+    if audio.dim() != 1 or bias.shape != (data.filter_length // 2 + 1, 1):
+        raise InputError(
+            f"denoise: audio {list(audio.shape)} and bias {list(bias.shape)}, expected [T] and "
+            f"[{data.filter_length // 2 + 1}, 1]"
+        )
     spectrum = _spectrum(audio, data)
     magnitudes = spectrum.abs()
     kept = (magnitudes - strength * bias).clamp(min=0) / magnitudes.clamp(min=torch.finfo(audio.dtype).tiny)

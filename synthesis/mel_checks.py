@@ -118,9 +118,9 @@ class MelReader:
             find_preset(preset, data)  # refused at once
         self.data, self.preset, self.known, self.warn, self.warned = data, preset, known, warn, False
 
-    def __call__(self, mel: Tensor, source: str) -> Tensor:
+    def __call__(self, mel: Tensor, source: str, least_frames: int = 2) -> Tensor:
         """A mel [M, F] or [1, M, F] on the CPU -> [M, F]; InputError, naming the source, where it is none."""
-        mel = check_mel(mel, source, self.data.n_mel_channels)
+        mel = check_mel(mel, source, self.data.n_mel_channels, least_frames)
         if self.preset is not None:
             mel = convert_mel(mel, self.preset, self.data)
         if not self.warned and (warning := mel_warning(mel, self.data, self.known)):

@@ -14,17 +14,33 @@ import torch
 from torch import Tensor
 
 from audio import MelSpectrogram
+from config import DataConfig
+from harness.errors import InputError
 from linear_prediction import bands_to_bins
+from synthesis.arguments import whole_number
 
 MAX_PASSES = 1000
 MAX_CHANGE = 3.0  # nats in one pass, 26 dB: where there is next to nothing, nothing is made of rounding errors
 
 
 def match_mel(audio: Tensor, mel: Tensor, mel_fn: MelSpectrogram, passes: int) -> Tensor:
-    """audio [B, T], mel [B, M, F] with F at least T // hop + 1 -> audio [B, T] after so many passes."""
-    for _ in range(passes):
+    """audio [B, T], mel [B, M, F] with F at least T // hop + 1 -> audio [B, T] after so many passes.
+
+    Raises InputError.
+    """
+    _check(audio, mel, mel_fn.config)
+    for _ in range(whole_number(passes, "match_mel", 0, MAX_PASSES)):
         audio = _one_pass(audio, mel, mel_fn)
     return audio
+
+
+def _check(audio: Tensor, mel: Tensor, data: DataConfig) -> None:
+    frames = audio.size(1) // data.hop_length + 1 if audio.dim() == 2 else 0
+    if not frames or mel.dim() != 3 or mel.shape[:2] != (len(audio), data.n_mel_channels) or mel.size(2) < frames:
+        raise InputError(
+            f"match_mel: audio {list(audio.shape)} and mel {list(mel.shape)}, expected [B, T] and "
+            f"[B, {data.n_mel_channels}, F] of at least T // {data.hop_length} + 1 frames"
+        )
 
 
 def _one_pass(audio: Tensor, mel: Tensor, mel_fn: MelSpectrogram) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from audio import LOG_FLOOR
 from config import DataConfig
-from harness.errors import InputError
+from harness.errors import InputError, show
 
 DECIBEL = math.log(10) / 20  # nats of magnitude
 NATS = {"e": 1.0, "10": math.log(10), "dB": DECIBEL}
@@ -107,8 +107,8 @@ def convert_mel(mel: Tensor, name: str, data: DataConfig) -> Tensor:
 
 def find_preset(name: str, data: DataConfig) -> Preset:
     """The preset called `name`; InputError where there is none, or its mels cannot be had for `data` settings."""
-    if name not in PRESETS:
-        raise InputError(f"mel_preset {name!r}: expected one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InputError(f"mel_preset {show(name)}: expected one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
     different = [
         f"{key} {value:g}, this vocoder {getattr(data, key):g}"

@@ -20,6 +20,7 @@ from fast.engine import SynthesisEngine, receptive_field
 from harness.errors import InputError
 from model import FlowVocoder
 from modules import CONTEXT_FRAMES, Flow, Upsampler
+from synthesis.arguments import whole_number
 
 SHORTEST_BLOCK = 16  # frames
 
@@ -50,6 +51,9 @@ class _OneFlow:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.model.parameters()
+
+    def buffers(self) -> Iterator[Tensor]:
+        return self.model.buffers()
 
 
 @dataclass
@@ -86,8 +90,8 @@ class Reach:
     @classmethod
     def of(cls, config: WaveFlowConfig, lookahead_frames: int | None) -> "Reach":
         """All that a flow sees, or its share of the lookahead; both whole frames and whole columns."""
-        if lookahead_frames is not None and (type(lookahead_frames) is not int or lookahead_frames < 0):
-            raise InputError(f"lookahead_frames {lookahead_frames!r}: expected a whole number of at least 0, or None")
+        if lookahead_frames is not None:
+            lookahead_frames = whole_number(lookahead_frames, "lookahead_frames", 0)
         unit = math.lcm(config.hop_length, config.n_height)  # samples that are both
         needed = receptive_field(config).per_flow + CONTEXT_FRAMES * config.hop_length
         if lookahead_frames is not None:

@@ -9,9 +9,9 @@ import pytest
 import soundfile
 import torch
 
-from audio import read_wav, wav_length
+from audio import MAX_SAMPLES, read_wav, wav_length
 from harness.errors import InputError
-from jobs.inputs import MAX_SAMPLES, check_input, read_sound
+from jobs.inputs import check_input, read_sound
 from tests.support.experiments import RATE
 
 TONE = (0.3 * np.sin(2 * np.pi * 220 * np.arange(RATE // 2) / RATE)).astype(np.float32)
