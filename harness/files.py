@@ -159,7 +159,7 @@ def in_a_name(number: float) -> str:
 
 def write_keeping(path: Path, text: str) -> Path | None:
     """Write a text file whole; another one in its place is kept beside it as `NAME.1` or so, whose path is returned."""
-    if path.exists():
+    if path.is_file():
         with suppress(RefusedFile):
             if read_bytes(path, len(text.encode()) + 1) == text.encode():
                 return None
