@@ -30,6 +30,7 @@ from modules import (
     FlowEmbedding,
     ReleasedFlow,
     Spline,
+    Transform,
     Upsampler,
     WeightNorm,
     row_permutation,
@@ -53,7 +54,7 @@ SHARING = {
     "nanoflow_decomp": Sharing(estimator=True, projection=False, embedding=False),
     "nanoflow": Sharing(estimator=True, projection=False, embedding=True),
 }
-TRANSFORMS = {"affine": Affine, "spline": Spline}
+TRANSFORMS: dict[str, type[Transform]] = {"affine": Affine, "spline": Spline}
 
 
 class FlowVocoder(nn.Module):
@@ -104,9 +105,9 @@ class FlowVocoder(nn.Module):
             else:
                 audio, log_det = self.linear_prediction(audio, mel, context)
             x, flows = squeeze(audio.unsqueeze(1), self.config.n_height), self.flows()
-            fast = None if self.execution.plain else FastFlows(flows, self.execution)
+            fast = None if self.execution.plain else FastFlows(flows, conditioning, self.execution)
             for flow in flows:
-                x, flow_log_det = fast(flow, x, conditioning) if fast else flow.forward(x, conditioning)
+                x, flow_log_det = fast(flow, x) if fast else flow.forward(x, conditioning)
                 log_det = log_det + flow_log_det
             return x, log_det
 

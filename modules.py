@@ -3,7 +3,8 @@
     B   batch                 T   audio samples        R   residual channels of the estimator (res_channels)
     F   mel frames            h   squeeze height       L   layers of the estimator (n_layer)
     M   mel bands             W   columns, T / h       E   size of the flow embedding (size_flow_embed)
-    x   audio, squeezed       z   noise                P   parameters of a transform for each sample
+    x   audio, squeezed       z   noise                P   parameters of a transform for each sample (n_params)
+    C   channels of any kind
 
 Row i, column j of a squeezed signal [B, C, h, W] is sample j * h + i. One contract holds for every invertible step:
 forward maps data to noise and also gives log|det|, inverse maps noise to data. What stands here is written to be read
@@ -11,6 +12,7 @@ and is the reference; `fast/` computes the same numbers sooner.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -210,7 +212,29 @@ class FlowEmbedding(nn.Module):
 # --- transforms: features -> parameters, data <-> noise ------------------------------------------------------
 
 
-class Affine(nn.Module):
+class Transform(nn.Module, ABC):
+    """An invertible map of each sample by itself, whose n_params parameters are projected from its features."""
+
+    n_params: int
+
+    @abstractmethod
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Weight [P, R, 1, 1] and bias [P] of the projection."""
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features [B, R, h, W] -> parameters [B, P, h, W]."""
+        return F.conv2d(features, *self.fold())
+
+    @abstractmethod
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, 1, h, W] -> z and log|dz/dx|, both [B, 1, h, W]."""
+
+    @abstractmethod
+    def inverse(self, z: Tensor, params: Tensor) -> Tensor:
+        """z [B, 1, h, W] -> x."""
+
+
+class Affine(Transform):
     """z = x exp(log_s) + t, with log_s and t from a 1x1 convolution times exp(3 scale) (WaveFlow, eq. 6).
 
     The released WaveFlow has no scale, and starts from zeros.
@@ -232,22 +256,16 @@ class Affine(nn.Module):
         factor = torch.exp(3 * self.scale).view(2)
         return self.conv.weight * factor.view(2, 1, 1, 1), self.conv.bias * factor
 
-    def project(self, features: Tensor) -> Tensor:
-        """Features [B, R, h, W] -> parameters [B, 2, h, W]."""
-        return F.conv2d(features, *self.fold())
-
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, 1, h, W] -> z and log|dz/dx|, both [B, 1, h, W]."""
         log_s, t = params.chunk(2, dim=1)
         return x * torch.exp(log_s) + t, log_s
 
     def inverse(self, z: Tensor, params: Tensor) -> Tensor:
-        """z [B, 1, h, W] -> x."""
         log_s, t = params.chunk(2, dim=1)
         return (z - t) * torch.exp(-log_s)
 
 
-class Spline(nn.Module):
+class Spline(Transform):
     """Element-wise rational-quadratic spline on [-tail_bound, tail_bound], identity outside (Durkan et al., 2019)."""
 
     def __init__(self, config: WaveFlowConfig) -> None:
@@ -263,17 +281,11 @@ class Spline(nn.Module):
         factor[: 2 * self.num_bin] = 1 / math.sqrt(weight.size(1))
         return weight * factor.view(-1, 1, 1, 1), self.conv.bias * factor
 
-    def project(self, features: Tensor) -> Tensor:
-        """Features [B, R, h, W] -> parameters [B, 3 num_bin - 1, h, W]."""
-        return F.conv2d(features, *self.fold())
-
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, 1, h, W] -> z and log|dz/dx|, both [B, 1, h, W]."""
         z, log_det = rational_quadratic_spline(x, *self._split(params), tail_bound=self.tail_bound)
         return z, log_det
 
     def inverse(self, z: Tensor, params: Tensor) -> Tensor:
-        """z [B, 1, h, W] -> x."""
         return rational_quadratic_spline(z, *self._split(params), tail_bound=self.tail_bound, inverse=True)[0]
 
     def _split(self, params: Tensor) -> tuple[Tensor, ...]:
@@ -296,7 +308,7 @@ class Flow:
     permutation: tuple[int, ...]
     order: tuple[int, ...]
     estimator: Estimator
-    transform: Affine | Spline
+    transform: Transform
     embedding: Tensor | None  # [E]
     gates: Tensor | None  # [L, R]
 

@@ -86,8 +86,8 @@ def _steps(model: FlowVocoder, audio: Tensor, mel: Tensor) -> Iterator[tuple[str
         x, seen = squeeze(audio.unsqueeze(1), model.config.n_height), []
         note = partial(_noted, seen)
         flows = [replace(flow, transform=Watched(flow.transform, note)) for flow in model.flows()]
-        for flow, forward in zip(flows, forward_of(model, flows), strict=True):
-            x, log_det = forward(x, conditioning)
+        for flow, forward in zip(flows, forward_of(model, flows, conditioning), strict=True):
+            x, log_det = forward(x)
             yield f"flow {flow.index}", x, log_det.item(), seen.pop()
 
 

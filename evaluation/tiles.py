@@ -7,14 +7,13 @@ is computed with so many more of them is what it is within the whole clip. Only 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fast.estimators import FastFlows
 from model import FlowVocoder
-from modules import Affine, Flow, Spline, squeeze
+from modules import Flow, Transform, squeeze
 
 COLUMNS = 2**12  # of a tile; clips of up to twice as many are computed at once
 
@@ -71,27 +70,32 @@ def _forward_of_tile(model: FlowVocoder, flow: Flow, x: Tensor, mel: Tensor, til
     columns = [model.upsampler.columns(one, height, seen.start, seen.stop) for one in mel]  # each [h, n, M]
     conditioning = torch.stack(columns).permute(0, 3, 1, 2)  # [B, M, h, n]
     counted = Watched(flow.transform, lambda log_det: log_det[..., tile.within])  # its own columns only
-    return forward_of(model, [replace(flow, transform=counted)])[0](x, conditioning)
+    return forward_of(model, [replace(flow, transform=counted)], conditioning)[0](x)
 
 
-def forward_of(model: FlowVocoder, flows: Sequence[Flow]) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+def forward_of(
+    model: FlowVocoder, flows: Sequence[Flow], conditioning: Tensor
+) -> list[Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """Twin of `Flow.forward` for each of some flows of a model, in the way that it computes its likelihood."""
     if model.execution.plain:
-        return [flow.forward for flow in flows]
-    fast = FastFlows(flows, model.execution)
+        return [partial(flow.forward, conditioning=conditioning) for flow in flows]
+    fast = FastFlows(flows, conditioning, model.execution)
     return [partial(fast, flow) for flow in flows]
 
 
-class Watched:
-    """A transform whose log|dz/dx| of each sample goes through a function; all else is the transform's."""
+class Watched(Transform):
+    """Another transform, whose log|dz/dx| of each sample goes through a function."""
 
-    def __init__(self, transform: Affine | Spline, see: Callable[[Tensor], Tensor]) -> None:
-        self._transform, self._see = transform, see
+    def __init__(self, transform: Transform, see: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.transform, self.n_params, self.see = transform, transform.n_params, see
 
-    def __call__(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, 1, h, W] -> z, and what the function makes of log|dz/dx| [B, 1, h, W]."""
-        z, log_det = self._transform(x, params)
-        return z, self._see(log_det)
+    def fold(self) -> tuple[Tensor, Tensor]:
+        return self.transform.fold()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transform, name)
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = self.transform(x, params)
+        return z, self.see(log_det)
+
+    def inverse(self, z: Tensor, params: Tensor) -> Tensor:
+        return self.transform.inverse(z, params)

@@ -106,7 +106,7 @@ class _Run:
             self.mask[clip.start : clip.stop] = 1
 
     def invert(self) -> Tensor:
-        """-> x [h, columns]."""
+        """Invert all flows: x [h, columns]."""
         x = self.noise
         for flow in reversed(self.flows):
             x = self._invert_flow(flow, x)

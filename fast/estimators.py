@@ -5,10 +5,11 @@ folded once, with channels innermost; on CPUs in full precision the products of 
 the fused layers of `gpu_training.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,12 @@ from fast.folding import (
     fold_projection,
     fold_residual,
     fold_skip,
+    rows_seen,
     shrinkage,
 )
-from fast.gpu_training import FusedEstimator, can_fuse, fits, padded
+from fast.gpu_training import FusedEstimator
 from fast.winograd import GatedLayer, Geometry, Layer, Workspace, padding, product_weights
-from modules import Affine, Estimator, Flow, Spline, permute_rows, shift_down
+from modules import Estimator, Flow, Transform, permute_rows, shift_down
 
 
 @dataclass(frozen=True)
@@ -45,46 +47,30 @@ class Execution:
 
 
 class FastFlows:
-    """The flows of one pass over a batch; called like `Flow.forward`, whose numbers it gives."""
+    """The flows of one pass over a batch, all with the conditioning [B, M, h, W] that they are made for."""
 
-    def __init__(self, flows: Sequence[Flow], execution: Execution) -> None:
-        self.flows, self.execution = flows, execution
-        self._bound: dict[Estimator, AnyEstimator] = {}
+    def __init__(self, flows: Sequence[Flow], conditioning: Tensor, execution: Execution) -> None:
+        self.execution = execution
+        with torch.autocast(conditioning.device.type, enabled=False):
+            folded = fold_estimators(flows)
+        compiles = execution.compile and torch.is_grad_enabled()
+        kind = next(kind for kind in KINDS if kind.suits(flows[0], conditioning, compiles))
+        self._bound: dict[Estimator, AnyEstimator] = kind.bind(folded, flows, conditioning)
 
-    def __call__(self, flow: Flow, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, 1, h, W], conditioning [B, M, h, W], the same in every call -> z [B, 1, h, W], log|det| [B]."""
-        if not self._bound:
-            self._bound = self._bind(conditioning)
+    def __call__(self, flow: Flow, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Twin of `flow.forward`: x [B, 1, h, W] -> z [B, 1, h, W], log|det| [B]."""
         estimator = self._bound[flow.estimator]
         if not (self.execution.checkpoint_activations and torch.is_grad_enabled()):
             return _forward(flow, x, estimator)
         if estimator.keeps:
-            estimator.prepare(_rows_seen(flow))  # made here, outside what is recomputed
+            estimator.prepare(rows_seen(flow))  # made here, outside what is recomputed
         return checkpoint(_forward, flow, x, estimator, use_reentrant=False)
-
-    def _bind(self, conditioning: Tensor) -> "dict[Estimator, AnyEstimator]":
-        kind = conditioning.device.type
-        with torch.autocast(kind, enabled=False):
-            folded = fold_estimators(self.flows)
-        if _suits_fused(conditioning, self.flows[0]):
-            shrinks, dtype = shrinkage(self.flows[0]), product_dtype(conditioning)
-            return {key: FusedEstimator(weights, conditioning, shrinks, dtype) for key, weights in folded.items()}
-        if torch.is_autocast_enabled(kind):  # cast here, they are not cast again for every flow
-            folded = {key: weights.to(torch.get_autocast_dtype(kind)) for key, weights in folded.items()}
-        if _suits_winograd(conditioning, len(self.flows[0].estimator.layers)):
-            workspace, shrinks = Workspace(), shrinkage(self.flows[0])
-            return {
-                key: WinogradEstimator(weights, conditioning, shrinks, workspace) for key, weights in folded.items()
-            }
-        run = _compiled_estimate() if self.execution.compile and torch.is_grad_enabled() else _estimate
-        keeps = len(folded) < len(self.flows)
-        return {key: ConvEstimator(weights, conditioning, keeps, run) for key, weights in folded.items()}
 
 
 def folded_flows(flows: Sequence[Flow], conditioning: Tensor) -> list[Flow]:
     """Flows for `Flow.inverse` that compute what does not depend on the rows above once, not again for each row."""
     folded = fold_estimators(flows)
-    bound = {key: ConvEstimator(weights, conditioning, keeps=True, run=_estimate) for key, weights in folded.items()}
+    bound = {key: ConvEstimator(weights, conditioning, keeps=True) for key, weights in folded.items()}
     return [replace(flow, estimator=_EstimatorOfFlow(flow, bound[flow.estimator])) for flow in flows]
 
 
@@ -108,33 +94,6 @@ def _forward(flow: Flow, x: Tensor, estimator: "AnyEstimator") -> tuple[Tensor, 
     return z, log_det.flatten(1).sum(1)
 
 
-def _rows_seen(flow: Flow) -> tuple[int, ...]:
-    """Rows of the conditioning that the estimator's rows see."""
-    return flow.order[1:] if flow.couples_first else flow.order
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Precision of products with x: autocast's where it is on."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-
-
-def _suits_fused(conditioning: Tensor, flow: Flow) -> bool:
-    """Choose them on CUDA in half precision, where layers are bound by memory; float32's three products are not."""
-    dtype = product_dtype(conditioning)
-    if not conditioning.is_cuda or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    weights = flow.transform.conv.weight_v if hasattr(flow.transform.conv, "weight_v") else flow.transform.conv.weight
-    n_res, n_params = weights.size(1), -(-len(weights) // 16) * 16
-    return can_fuse(n_res, n_params) and fits(conditioning.device, dtype, n_res, n_params, padded(conditioning.size(1)))
-
-
-def _suits_winograd(conditioning: Tensor, n_layer: int) -> bool:
-    """Choose it on CPUs in full precision, whose convolutions are slower than their matrix products, but not for
-    clips so short that padding would be over a fifth of the work."""
-    width, device = conditioning.size(3), conditioning.device.type
-    return device == "cpu" and not torch.is_autocast_enabled(device) and 4 * padding(width, n_layer) <= width
-
-
 # --- by convolutions ------------------------------------------------------------------------------------------------
 
 
@@ -146,10 +105,23 @@ class ConvEstimator:
     and in half precision on GPUs.
     """
 
-    def __init__(
-        self, weights: EstimatorWeights, conditioning: Tensor, keeps: bool, run: Callable[..., Tensor]
-    ) -> None:
-        self.weights, self.conditioning, self.keeps, self.run = weights, conditioning, keeps, run
+    @staticmethod
+    def suits(_flow: Flow, _conditioning: Tensor, _compiles: bool) -> bool:
+        """Choose it wherever nothing else is faster."""
+        return True
+
+    @classmethod
+    def bind(
+        cls, folded: Mapping[Estimator, EstimatorWeights], flows: Sequence[Flow], conditioning: Tensor
+    ) -> "dict[Estimator, ConvEstimator]":
+        """The estimators of a pass over some flows."""
+        kind, keeps = conditioning.device.type, len(folded) < len(flows)
+        if torch.is_autocast_enabled(kind):  # cast here, they are not cast again for every flow
+            folded = {key: weights.to(torch.get_autocast_dtype(kind)) for key, weights in folded.items()}
+        return {key: cls(weights, conditioning, keeps) for key, weights in folded.items()}
+
+    def __init__(self, weights: EstimatorWeights, conditioning: Tensor, keeps: bool) -> None:
+        self.weights, self.conditioning, self.keeps = weights, conditioning, keeps
         self._products: dict[tuple[int, ...], list[Tensor]] = {}
 
     def params(self, flow: Flow, x: Tensor) -> Tensor:
@@ -158,11 +130,9 @@ class ConvEstimator:
 
     def features(self, flow: Flow, x: Tensor) -> Tensor:
         """Features [B, R, h', W] of the first h' rows, x [B, 1, h', W]."""
-        if self.run is not _estimate and not x.requires_grad:
-            x = x.detach().requires_grad_()  # the first flow too runs the graph that the others need
         biases = [weights.bias_of(flow.index) for weights in self.weights.layers]
-        products = [product[:, :, : x.size(2)] for product in self.prepare(_rows_seen(flow))]
-        return self.run(x, self.weights, biases, products, flow.gates)
+        products = [product[:, :, : x.size(2)] for product in self.prepare(rows_seen(flow))]
+        return self._run(x, self.weights, biases, products, flow.gates)
 
     def prepare(self, order: tuple[int, ...]) -> list[Tensor]:
         """Conditioning product [B, 2R, h, W] of each layer, rows in `order`; the few orders that occur are kept."""
@@ -174,8 +144,27 @@ class ConvEstimator:
             self._products[order] = products
         return products
 
+    def _run(self, *of_a_flow: Any) -> Tensor:
+        return _estimate(*of_a_flow)
 
-def project(transform: Affine | Spline, features: Tensor) -> Tensor:
+
+class CompiledEstimator(ConvEstimator):
+    """The convolutions as one compiled graph, for training."""
+
+    @staticmethod
+    def suits(_flow: Flow, _conditioning: Tensor, compiles: bool) -> bool:
+        """Choose it where compiling is asked for, and gradients are."""
+        return compiles
+
+    def features(self, flow: Flow, x: Tensor) -> Tensor:
+        # The first flow too runs the graph that the others need.
+        return super().features(flow, x if x.requires_grad else x.detach().requires_grad_())
+
+    def _run(self, *of_a_flow: Any) -> Tensor:
+        return _compiled_estimate()(*of_a_flow)
+
+
+def project(transform: Transform, features: Tensor) -> Tensor:
     """Twin of `transform.project` that stays in the precision of the weights also under autocast: the likelihood adds
     up log_s of every sample, so half precision stops here."""
     weight, bias = transform.fold()
@@ -234,6 +223,21 @@ class WinogradEstimator:
 
     keeps = True  # what `prepare` gives
 
+    @staticmethod
+    def suits(flow: Flow, conditioning: Tensor, _compiles: bool) -> bool:
+        """Choose it on CPUs in full precision, whose convolutions are slower than their matrix products, but not for
+        clips so short that padding would be over a fifth of the work."""
+        width, device, n_layer = conditioning.size(3), conditioning.device.type, len(flow.estimator.layers)
+        return device == "cpu" and not torch.is_autocast_enabled(device) and 4 * padding(width, n_layer) <= width
+
+    @classmethod
+    def bind(
+        cls, folded: Mapping[Estimator, EstimatorWeights], flows: Sequence[Flow], conditioning: Tensor
+    ) -> "dict[Estimator, WinogradEstimator]":
+        """The estimators of a pass over some flows, which work in the same memory one after the other."""
+        workspace, shrinks = Workspace(), shrinkage(flows[0])
+        return {key: cls(weights, conditioning, shrinks, workspace) for key, weights in folded.items()}
+
     def __init__(
         self, weights: EstimatorWeights, conditioning: Tensor, shrinks: list[float], workspace: Workspace
     ) -> None:
@@ -249,7 +253,7 @@ class WinogradEstimator:
 
     def params(self, flow: Flow, x: Tensor) -> Tensor:
         """Parameters [B, P, h, W] of the flow's transform, as `ConvEstimator.params`."""
-        conditioning, width = self.prepare(_rows_seen(flow)), x.size(3)
+        conditioning, width = self.prepare(rows_seen(flow)), x.size(3)
         project, offset = fold_projection(flow.transform)
         hidden, params = None, x.new_zeros(*conditioning.shape[:3], len(project))
         for index, weights in enumerate(self.weights.layers):
@@ -286,4 +290,8 @@ class WinogradEstimator:
         return F.pad(hidden[:, :, : x.size(3)], (0, 0, 0, n_padding)), params
 
 
-AnyEstimator = ConvEstimator | FusedEstimator | WinogradEstimator
+# --- which one ------------------------------------------------------------------------------------------------------
+
+AnyEstimator = FusedEstimator | WinogradEstimator | CompiledEstimator | ConvEstimator
+KINDS: tuple[type[AnyEstimator], ...] = (FusedEstimator, WinogradEstimator, CompiledEstimator, ConvEstimator)
+"""Ways to compute the estimators of a pass; the first that suits it is taken."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules import Affine, Estimator, EstimatorLayer, Flow, Spline
+from modules import Estimator, EstimatorLayer, Flow, Transform
 
 PROJECTION_MULTIPLE = 16  # columns of the projection are zero-padded to this: BLAS is slow on two columns
 BIAS_ROWS = 16  # below the weights of a residual update: the bias, and zeros, since BLAS likes whole vectors
@@ -108,7 +108,7 @@ class FoldedFlow:
     permutation: Tensor  # [h], source row of each row
     order: tuple[int, ...]  # of the conditioning's rows, as the estimator's rows see them
     untouched: int  # rows on top that pass as they are: 0, or 1 where the permutation comes after the coupling
-    transform: Affine | Spline
+    transform: Transform
     n_params: int  # columns of the projection, before they are padded to P
     front: Tensor  # [2, R]: of x, and of the mask of columns that belong to a clip
     entry: Tensor  # [18, 2R]: layer 0 applied straight to nine taps of x and nine of the mask
@@ -117,6 +117,11 @@ class FoldedFlow:
 
 
 # --- algebra that training shares (winograd.py), with gradients ---------------------------------------------------
+
+
+def rows_seen(flow: Flow) -> tuple[int, ...]:
+    """Rows of the conditioning that the estimator's rows see."""
+    return flow.order[1:] if flow.couples_first else flow.order
 
 
 def shrinkage(flow: Flow) -> list[float]:
@@ -133,11 +138,16 @@ def fold_front(front: tuple[Tensor, Tensor], taps: Tensor) -> tuple[Tensor, Tens
     return both, torch.einsum("pr,hwro->phwo", both, taps).flatten(0, 2)
 
 
-def fold_projection(transform: Affine | Spline) -> tuple[Tensor, Tensor]:
+def fold_projection(transform: Transform) -> tuple[Tensor, Tensor]:
     """Weight [P, R] and bias [P] of the projection, P padded."""
     project, offset = transform.fold()
-    n_padding = -len(offset) % PROJECTION_MULTIPLE
+    n_padding = params_padded(transform) - len(offset)
     return F.pad(project.flatten(1), (0, 0, 0, n_padding)), F.pad(offset, (0, n_padding))
+
+
+def params_padded(transform: Transform) -> int:
+    """Columns P of the projection as products take it."""
+    return -(-transform.n_params // PROJECTION_MULTIPLE) * PROJECTION_MULTIPLE
 
 
 def fold_skip(project: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
@@ -199,7 +209,7 @@ def _fold_flow(
     front, entry = fold_front(estimator.front, _gate_taps(estimator.layers[0], 1.0))
     return FoldedFlow(
         permutation=torch.tensor(flow.permutation, device=project.device),
-        order=flow.order[1:] if flow.couples_first else flow.order,
+        order=rows_seen(flow),
         untouched=int(flow.couples_first),
         transform=copy.deepcopy(flow.transform),
         n_params=flow.transform.n_params,

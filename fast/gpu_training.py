@@ -6,7 +6,7 @@ merged, as in `folding.py`, into P parameters that are added up in float32. Noth
 the inputs of the layers: the gate is computed again. `estimators.py` says when it is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,8 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fast.folding import EstimatorWeights, fold_projection, fold_residual, fold_skip
-from modules import Flow, permute_rows
+from fast.folding import (
+    EstimatorWeights,
+    fold_projection,
+    fold_residual,
+    fold_skip,
+    params_padded,
+    rows_seen,
+    shrinkage,
+)
+from modules import Estimator, Flow, permute_rows
 
 try:
     from triton.runtime.errors import OutOfResources
@@ -233,6 +241,11 @@ class _Launch:
 # --- an estimator -------------------------------------------------------------------------------------------------
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Precision of products with x: autocast's where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 class FusedEstimator:
     """Twin of `Estimator.forward` and the projection for one pass, by fused layers in a precision.
 
@@ -240,6 +253,24 @@ class FusedEstimator:
     """
 
     keeps = True  # what `prepare` gives
+
+    @staticmethod
+    def suits(flow: Flow, conditioning: Tensor, _compiles: bool) -> bool:
+        """Choose it on CUDA in half precision, where layers are bound by memory; float32's three products are not."""
+        dtype = product_dtype(conditioning)
+        if not conditioning.is_cuda or dtype not in (torch.float16, torch.bfloat16):
+            return False
+        n_res, n_params = flow.estimator.front_conv.bias.numel(), params_padded(flow.transform)
+        n_conditioning = padded(conditioning.size(1))
+        return can_fuse(n_res, n_params) and fits(conditioning.device, dtype, n_res, n_params, n_conditioning)
+
+    @classmethod
+    def bind(
+        cls, folded: Mapping[Estimator, EstimatorWeights], flows: Sequence[Flow], conditioning: Tensor
+    ) -> "dict[Estimator, FusedEstimator]":
+        """The estimators of a pass over some flows."""
+        shrinks, dtype = shrinkage(flows[0]), product_dtype(conditioning)
+        return {key: cls(weights, conditioning, shrinks, dtype) for key, weights in folded.items()}
 
     def __init__(
         self, weights: EstimatorWeights, conditioning: Tensor, shrinks: list[float], dtype: torch.dtype
@@ -264,7 +295,7 @@ class FusedEstimator:
     def params(self, flow: Flow, x: Tensor) -> Tensor:
         """Parameters [B, P, h, W] of the flow's transform in the precision of x, from x [B, 1, h, W]."""
         with torch.autocast(x.device.type, enabled=False):
-            return self._params(flow, x, self.prepare(flow.order[1:] if flow.couples_first else flow.order))
+            return self._params(flow, x, self.prepare(rows_seen(flow)))
 
     def _params(self, flow: Flow, x: Tensor, conditioning: Tensor) -> Tensor:
         project, offset = fold_projection(flow.transform)

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from fast.graph import FlowGraph, LayerGraph, PredictionGraph, SynthesisGraph
+from harness.errors import InputError
 from linear_prediction import (
     ABSOLUTE_FLOOR,
     LOG_MEL_LIMIT,
@@ -25,7 +26,7 @@ from linear_prediction import (
     RELATIVE_FLOOR,
     spectrum_of,
 )
-from modules import LEAKY_SLOPE, Spline, Upsampler
+from modules import LEAKY_SLOPE, Affine, Spline, Transform, Upsampler
 from spline import MIN_BIN
 
 OPSET, IR_VERSION = 18, 8
@@ -223,9 +224,7 @@ def _row(body: Body, flow: FlowGraph, state: list[str], inputs: list[str]) -> tu
         change, added = _layer(body, layer, seen, conditioning)
         params = body.Add(flow.offset if params is None else params, added)
         hidden = hidden if change is None else body.Add(hidden, change)
-    z = body.Unsqueeze(z, [0])
-    invert = _spline if isinstance(flow.transform, Spline) else _affine
-    x = invert(body, flow, z, params)
+    x = _inverse(flow.transform)(body, flow.transform, body.Unsqueeze(z, [0]), params)
     return [x, *grown], [body.Squeeze(x, [0])]
 
 
@@ -251,14 +250,21 @@ def _layer(body: Body, layer: LayerGraph, seen: str, conditioning: str) -> tuple
 # --- transforms: z [1, W] and parameters [P, W] -> x [1, W] -----------------------------------------------------------
 
 
-def _affine(body: Body, flow: FlowGraph, z: str, params: str) -> str:
+def _inverse(transform: Transform) -> Callable[[Body, Any, str, str], str]:
+    if type(transform) not in INVERSES:
+        known = ", ".join(kind.__name__ for kind in INVERSES)
+        raise InputError(f"{type(transform).__name__} cannot be written as ONNX; expected a transform of {known}")
+    return INVERSES[type(transform)]
+
+
+def _affine(body: Body, _transform: Affine, z: str, params: str) -> str:
     log_s, t = body.Split(params, [1, 1], axis=0, outputs=2)
     return body.Mul(body.Sub(z, t), body.Exp(body.Neg(log_s)))
 
 
-def _spline(body: Body, flow: FlowGraph, z: str, params: str) -> str:
+def _spline(body: Body, transform: Spline, z: str, params: str) -> str:
     """`spline.rational_quadratic_spline`, inverse, with bins along the first axis."""
-    bins, bound = flow.transform.num_bin, float(flow.transform.tail_bound)
+    bins, bound = transform.num_bin, float(transform.tail_bound)
     widths, heights, slopes = body.Split(params, [bins, bins, bins - 1], axis=0, outputs=3)
     knots_x, knots_y = _knots(body, widths, bins, bound), _knots(body, heights, bins, bound)
     edge = body.Expand(1.0, body.Shape(z))  # slope of the tails
@@ -291,6 +297,9 @@ def _knots(body: Body, sizes: str, bins: int, bound: float) -> str:
     inner = body.Sub(body.Mul(sums, 2 * bound), bound)
     edge = body.Expand(bound, body.Shape(body.part(sizes, 0, 1)))
     return body.Concat(body.Neg(edge), inner, edge, axis=0)
+
+
+INVERSES: dict[type[Transform], Callable[[Body, Any, str, str], str]] = {Affine: _affine, Spline: _spline}
 
 
 # --- linear prediction, in float64 ------------------------------------------------------------------------------------

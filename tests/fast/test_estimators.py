@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from fast import estimators
-from fast.estimators import ConvEstimator, Execution, FastFlows, WinogradEstimator, project
+from evaluation.tiles import forward_of
+from fast.estimators import CompiledEstimator, ConvEstimator, Execution, FastFlows, WinogradEstimator, project
 from modules import Affine, FlowLoss
+from tests.fast.test_engine import COUPLINGS, GRID, assert_same, plain_case
 from tests.support.vocoders import random_input, random_vocoder
-
-COUPLINGS = ["waveflow", "waveflow_official", "nanoflow_naive", "nanoflow_decomp", "nanoflow"]
 
 
 def loss_and_gradients(model, execution):
@@ -24,7 +23,7 @@ def loss_and_gradients(model, execution):
 @pytest.mark.parametrize("shape", [{"n_layer_per_cycle": 2, "n_height": 16}, {"transform": "spline"}, {"n_layer": 1}])
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_loss_and_gradients_are_those_of_the_plain_estimator(coupling, shape, winograd, recompute, monkeypatch):
-    monkeypatch.setattr(estimators, "_suits_winograd", lambda *_: winograd)
+    monkeypatch.setattr(WinogradEstimator, "suits", lambda *_: winograd)
     model = random_vocoder(coupling, dtype=torch.float64, **shape)
     plain = loss_and_gradients(model, Execution(plain=True))
     fast = loss_and_gradients(model, Execution(checkpoint_activations=recompute))
@@ -32,38 +31,47 @@ def test_loss_and_gradients_are_those_of_the_plain_estimator(coupling, shape, wi
         torch.testing.assert_close(ours, reference, atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
-def test_folded_flows_invert_like_plain_ones(coupling):
-    model = random_vocoder(coupling, dtype=torch.float64, n_layer_per_cycle=2)
-    _, mel = random_input(model)
-    z = model.sample_noise(mel, 0.7)
-    folded = model.reverse(mel, z=z)
-    model.execution = Execution(plain=True)
-    torch.testing.assert_close(folded, model.reverse(mel, z=z), atol=1e-11, rtol=0)
+@GRID
+def test_folded_flows_invert_like_plain_ones(coupling, shape, transform):
+    model, mel, z, expected = plain_case(coupling, shape, transform)
+    assert_same(model.reverse(mel, z=z), expected)
 
 
-def test_where_winograds_products_are_used():
+@pytest.mark.parametrize("plain", [False, True])
+def test_conditioning_belongs_to_the_flows_of_a_pass(plain):
+    model = random_vocoder(dtype=torch.float64)
+    model.execution = Execution(plain=plain)
+    flows, x = model.flows(), torch.randn(1, 1, 8, 64, dtype=torch.float64)
+    for conditioning in torch.randn(2, 1, 80, 8, 64, dtype=torch.float64):
+        for flow, forward in zip(flows, forward_of(model, flows, conditioning), strict=True):
+            torch.testing.assert_close(forward(x), flow.forward(x, conditioning))
+
+
+def test_which_estimator_is_used_where():
     model = random_vocoder("waveflow")  # three layers: blocks of eight columns
 
     def kind(width=64, **how):
-        [bound, *_] = FastFlows(model.flows(), Execution(**how))._bind(torch.zeros(1, 80, 8, width)).values()
+        [bound, *_] = FastFlows(model.flows(), torch.zeros(1, 80, 8, width), Execution(**how))._bound.values()
         return type(bound)
 
     assert kind() is WinogradEstimator
     assert kind(width=5) is ConvEstimator  # padding would be most of the work
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert kind() is ConvEstimator
+        assert kind(compile=True) is CompiledEstimator
+        with torch.no_grad():
+            assert kind(compile=True) is ConvEstimator
     assert kind(compile=True) is WinogradEstimator  # compiling is slower here
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_what_flows_share_is_folded_and_prepared_once(coupling, monkeypatch):
-    monkeypatch.setattr(estimators, "_suits_winograd", lambda *_: False)
+    monkeypatch.setattr(WinogradEstimator, "suits", lambda *_: False)
     model = random_vocoder(coupling, n_flow=4)
-    flows, mel = model.flows(), torch.zeros(1, 80, 8, 64)
-    step, x = FastFlows(flows, Execution()), torch.zeros(1, 1, 8, 64)
+    flows, x = model.flows(), torch.zeros(1, 1, 8, 64)
+    step = FastFlows(flows, torch.zeros(1, 80, 8, 64), Execution())
     for flow in flows:
-        step(flow, x, mel)
+        step(flow, x)
     kept = [len(bound._products) for bound in step._bound.values()]
     assert kept == ([2] if coupling.startswith("nanoflow") else [0] * 4)  # row orders that occur
 

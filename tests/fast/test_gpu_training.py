@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fast import estimators, gpu_training
+from fast import gpu_training
 from fast.estimators import Execution
-from fast.gpu_training import FusedLayer, can_fuse, fits
+from fast.gpu_training import FusedEstimator, FusedLayer, can_fuse, fits
 from modules import FlowLoss
 from tests.support.vocoders import random_input, random_vocoder
 
@@ -25,7 +25,7 @@ MODELS = {
 def fused(monkeypatch):
     """Fused layers wherever they can be, in the precision there is; records the layers made."""
     layers, apply = [], FusedLayer.apply
-    monkeypatch.setattr(estimators, "_suits_fused", lambda *_: True)
+    monkeypatch.setattr(FusedEstimator, "suits", lambda *_: True)
     monkeypatch.setattr(FusedLayer, "apply", lambda *arguments: (layers.append(1), apply(*arguments))[1])
     return layers
 
@@ -68,7 +68,7 @@ def test_half_precision_stays_near(fused):
 def test_layers_the_kernels_do_not_take_are_left_to_convolutions():
     assert can_fuse(128, 16) and not can_fuse(20, 16) and not can_fuse(64, 128)
     model = random_vocoder("nanoflow", res_channels=16)
-    assert not estimators._suits_fused(torch.zeros(1), model.flows()[0])  # not on CUDA
+    assert not FusedEstimator.suits(model.flows()[0], torch.zeros(1), False)  # not on CUDA
 
 
 class OnACard:
@@ -86,15 +86,15 @@ def test_whether_a_card_has_room_can_be_asked_where_gradients_are_off(mode):
     model = random_vocoder("nanoflow", res_channels=16)
     fits.cache_clear()
     with mode():
-        assert estimators._suits_fused(OnACard(torch.float16), model.flows()[0])
+        assert FusedEstimator.suits(model.flows()[0], OnACard(torch.float16), False)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "gate_backward", "hidden_backward", "taps_backward"])
 def test_cards_without_room_for_a_kernels_blocks_are_left_to_convolutions(kernel, monkeypatch):
     model = random_vocoder("nanoflow", res_channels=16)
     fits.cache_clear()
-    assert estimators._suits_fused(OnACard(torch.float16), model.flows()[0])
-    assert not estimators._suits_fused(OnACard(torch.float32), model.flows()[0])
+    assert FusedEstimator.suits(model.flows()[0], OnACard(torch.float16), False)
+    assert not FusedEstimator.suits(model.flows()[0], OnACard(torch.float32), False)
 
     class TooLarge:
         def __getitem__(self, grid):
@@ -102,7 +102,7 @@ def test_cards_without_room_for_a_kernels_blocks_are_left_to_convolutions(kernel
 
     fits.cache_clear()
     monkeypatch.setattr(gpu_training.kernels, f"{kernel}_kernel", TooLarge())
-    assert not estimators._suits_fused(OnACard(torch.float16), model.flows()[0])
+    assert not FusedEstimator.suits(model.flows()[0], OnACard(torch.float16), False)
     fits.cache_clear()
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from fast.estimators import Execution
 from model import build_model
 
 
@@ -44,3 +45,12 @@ def random_input(model, frames=4, batch=2, seed=1):
     audio = 0.5 * torch.randn(batch, samples, generator=generator, dtype=torch.float64)
     mel = torch.randn(batch, model.config.cin_channels, frames, generator=generator, dtype=torch.float64)
     return audio.to(dtype), mel.to(dtype)
+
+
+def plain_inverse(model, mel, z):
+    """`FlowVocoder.reverse` by `modules.py` alone, for which nothing is folded or kept."""
+    execution, model.execution = model.execution, Execution(plain=True)
+    try:
+        return model.reverse(mel, z=z)
+    finally:
+        model.execution = execution

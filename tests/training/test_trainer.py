@@ -9,7 +9,7 @@ import torch
 import checkpoint as ckpt
 from config import TrainConfig, load_config
 from fast import estimators
-from fast.estimators import Execution
+from fast.estimators import Execution, WinogradEstimator
 from harness import loop
 from harness.errors import InputError
 from modules import FlowLoss
@@ -205,7 +205,7 @@ def test_all_flows_run_one_graph(monkeypatch, coupling_type):
 
     compiled = torch.compile(estimators._estimate, dynamic=False, fullgraph=True, backend=count)
     monkeypatch.setattr(estimators, "_compiled_estimate", lambda: compiled)
-    monkeypatch.setattr(estimators, "_suits_winograd", lambda *_: False)  # as in half precision, or on a GPU
+    monkeypatch.setattr(WinogradEstimator, "suits", lambda *_: False)  # as in half precision, or on a GPU
     model = random_vocoder(coupling_type)
     audio, mel = random_input(model)
     expected = gradients_of(model, audio, mel)
@@ -221,7 +221,7 @@ def test_all_flows_run_one_graph(monkeypatch, coupling_type):
 
 @pytest.mark.soak
 def test_compiled_training_follows_plain_training(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimators, "_suits_winograd", lambda *_: False)
+    monkeypatch.setattr(WinogradEstimator, "suits", lambda *_: False)
     curves = []
     for compiled in (False, True):
         path = config(train_config__compile=compiled, train_config__output_directory=str(tmp_path / str(compiled)))
