@@ -40,7 +40,8 @@ def _checked_state(start: Checkpoint) -> Resumed:
     require(isinstance(state, Mapping), "it", state)
     skipped = state.get("bad_steps", 0)
     require(is_count(skipped) and skipped <= start.iteration, "bad_steps", skipped)
-    return Resumed(checked_schedule(start.scheduler), skipped, checked_scaler(state.get("precision", {})), state)
+    scheduled = checked_schedule(start.scheduler, start.iteration)
+    return Resumed(scheduled, skipped, checked_scaler(state.get("precision", {})), state)
 
 
 def check_resumable(start: Checkpoint) -> None:
@@ -49,9 +50,7 @@ def check_resumable(start: Checkpoint) -> None:
         resumed = checked_state(start)
         checked(lambda: check_random_state(resumed.state), "random state is damaged", REMEDIES.weights_only)
         checked(
-            lambda: checked_optimizer(
-                start.optimizer, start.parameter_order, start.weights, "Adam", stepped=start.has_stepped
-            ),
+            lambda: checked_optimizer(start.optimizer, start.parameter_order, start.weights, "Adam", start.taken),
             "optimizer state does not fit this model",
             REMEDIES.weights_only,
         )

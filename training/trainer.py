@@ -15,8 +15,9 @@ import checkpoint as ckpt
 from config import REMEDIES, Config
 from data import first_batch, make_train_loader
 from fast.estimators import Execution
+from formats.names import PARTS
 from harness.bad_steps import BadSteps
-from harness.checkpoints import load_plain, random_state, restore_random_state
+from harness.checkpoints import load_plain, not_finite, random_state, restore_random_state
 from harness.devices import data_parallel, gradients_stay, prepare_training, steps_of_one_shape
 from harness.errors import InputError
 from harness.processes import mean, rank, world_size
@@ -28,8 +29,6 @@ from training.memory import check_memory
 from training.optimisation import MovingAverage, make_schedule, schedule_state
 from training.precision import make_precision
 from training.resuming import checked_state
-
-PARTS = {"all": "", "gates-embedding-projections": ("gates.", "flow_embedding.", "transforms.")}  # of a model, by name
 
 
 class Trainer:
@@ -155,6 +154,10 @@ class Trainer:
         return self.model if self.average is None else self.average.module
 
     # --- checkpoints --------------------------------------------------------------------------------------
+
+    def spoilt(self) -> str | None:
+        """Name of the first of the weights, or of their averages, that is not finite, if any is."""
+        return not_finite(self.model.state_dict()) or (self.average and not_finite(self.average.weights()))
 
     def save(self) -> Path:
         """Write the checkpoint of this iteration."""
