@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import checkpoints
-from harness.errors import InputError, Remedies, show
+from harness.errors import InputError, Remedies, one_line, show
 from harness.training_state import MAX_STEPS, Taken, is_count, is_number, require
 
 FILE_NAME = re.compile(r"glow_model_(\d+)\.pt")
@@ -228,13 +228,13 @@ def newest_checkpoint(folder: Path, usable: Callable[[Checkpoint], Any] = lambda
     """The newest checkpoint of a run that can be read, and for which `usable` raises no InputError."""
 
     def read_usable(path: Path) -> Checkpoint:
-        start = read_checkpoint(path)
+        start, named = read_checkpoint(path), one_line(f"checkpoint {path}: ")
         if start.iteration is not None:
             checkpoints.check_iteration(path, FILE_NAME, start.iteration)
         try:
             usable(start)
         except InputError as error:
-            raise InputError(f"checkpoint {path}: {str(error).removeprefix('the checkpoint ')}") from None
+            raise InputError(f"{named}{str(error).removeprefix('the checkpoint ').removeprefix(named)}") from None
         return start
 
     read = checkpoints.newest_whole(folder, FILE_NAME, read_usable)
