@@ -58,6 +58,7 @@ def load_tensors(path: str | Path, max_bytes: int) -> Any:
             raise
         except Exception as error:  # a damaged or hostile file can fail anywhere inside the parsers
             raise RefusedFile(f"damaged ({type(error).__name__})") from None
+    _check_size(content)
     _check_tensors(content, size)
     return content
 
@@ -148,6 +149,20 @@ class _Weights:
 
 
 # --- contents ---------------------------------------------------------------------------------------------
+
+
+def _check_size(content: Any) -> None:
+    """Refuse lists shared beyond measure, which grow after a pickle knows them, before anyone walks into them."""
+    waiting: list[tuple[Any, int]] = [(content, 0)]
+    n_items = 0
+    while waiting:
+        item, depth = waiting.pop()
+        n_items += 1
+        if n_items > MAX_ITEMS or depth > MAX_DEPTH:
+            raise RefusedFile("holds containers within containers beyond all measure")
+        if isinstance(item, (Mapping, list, tuple)):
+            parts = item.values() if isinstance(item, Mapping) else item
+            waiting.extend((part, depth + 1) for part in parts)
 
 
 def _check_tensors(content: Any, size: int) -> None:
