@@ -3,12 +3,14 @@
 import copy
 import math
 import os
+import shutil
 
 import pytest
 import torch
 
 import checkpoint as ckpt
 from config import load_config
+from harness import terminal
 from harness.checkpoints import save_whole
 from harness.errors import InputError
 from image_density_experiments import checkpoint as image_ckpt
@@ -17,6 +19,7 @@ from tests.support.experiments import run
 from tests.support.image_runs import run as run_images
 from tests.support.image_runs import write_images
 from training.resuming import check_resumable
+from vocoder import find_checkpoint
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 NO_NUMBERS = [None, "1", [], {}, True, torch.zeros(2), 1j]
@@ -276,6 +279,24 @@ def test_the_newest_that_can_be_used_is_taken_whatever_the_later_ones_are(what, 
     in_its_place(own / "waveflow_1", "empty")
     with pytest.raises(InputError, match=r"none of its 2 checkpoint\(s\) can be used; checkpoint .*waveflow_2: "):
         ckpt.starting_point(config, ckpt.Start(resume=True), check_resumable)
+
+
+@pytest.mark.parametrize("what", ITERATIONS)
+def test_jobs_that_only_read_pass_over_another_iteration_too(what, vocoder, tmp_path, capsys):
+    path, folder = vocoder
+    own = tmp_path / "runs" / "tiny"
+    shutil.copytree(folder, own)
+    in_its_place(own / "waveflow_2", what)
+    assert find_checkpoint(own, terminal.warn).iteration == 1
+    config = load_config(path, [f"train_config.output_directory={tmp_path / 'runs'}"])
+    assert ckpt.newest_whole(config).iteration == 1
+    said = capsys.readouterr().err
+    assert said.count("waveflow_2: says iteration ") == 2 and said.count("its name 2") == 2
+    for average in (lambda: ckpt.average_checkpoints([own / "waveflow_1", own / "waveflow_2"]),
+                    lambda: ckpt.starting_point(config, ckpt.Start(average=2))):  # fmt: skip
+        with pytest.raises(InputError, match=r"waveflow_2: says iteration .*, its name 2"):
+            average()
+    ckpt.read_checkpoint(own / "waveflow_2")  # named by itself, it may be called anything
 
 
 @pytest.mark.parametrize("what", [*SPOILT[:2], *SPOILT[3:], "pipe", "folder"])
