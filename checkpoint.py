@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import REMEDIES, Config
-from formats.names import PARTS, RELEASED, is_stray, our_weights, to_published
+from config import Config
+from formats.names import RELEASED, is_stray, our_weights, to_published
 from formats.names import from_published as from_published
 from formats.names import is_released as is_released
 from harness import checkpoints, terminal
@@ -30,7 +30,6 @@ from harness.checkpoints import read_torch_file, save_whole
 from harness.errors import InputError, show
 from harness.files import in_a_name
 from harness.safetensors_files import SUFFIX, save_safetensors
-from harness.training_state import Taken
 from model import build_model
 
 MEL_KEYS = {"sampling_rate", "filter_length", "hop_length", "win_length", "mel_fmin", "mel_fmax", "use_dbmel"}
@@ -87,20 +86,6 @@ class Checkpoint:
     mel_statistics: Any = None  # of the training clips
     facts: Mapping[str, str] = field(default_factory=dict)  # what a safetensors file tells of itself
     sources: Collection[Path] = ()  # files named or asked for, which pruning spares
-
-    @property
-    def taken(self) -> Taken:
-        """Steps that its optimizer can have taken: none where all were skipped, since none was finite.
-
-        One more than its iteration where it is, or began as, a published file: that code counts from 0.
-        """
-        settings = self.config.get("train_config") if self.config else None
-        parts = isinstance(settings, Mapping) and settings.get("trained_parts", "all") != "all"
-        skipped = self.training_state.get("bad_steps", 0) if isinstance(self.training_state, Mapping) else 0
-        none = type(skipped) is int and skipped >= self.iteration
-        # Parts that were trained alone, at any time, have moments of more steps than the rest, or alone.
-        together = lambda name: name.startswith(PARTS["gates-embedding-projections"])  # noqa: E731
-        return Taken(0 if none else 1, self.iteration + 1, parts, together)
 
 
 def load_checkpoint(path: str | Path, of_run: bool = False) -> dict[str, Any]:
@@ -207,18 +192,6 @@ def check_config(checkpoint: Checkpoint, config: Config, warm: bool = False) -> 
             if not warm or (section == "waveflow_config" and key not in LEARNED_ANEW):
                 raise InputError(f"{difference}; make them equal")
             terminal.warn(f"{difference}: its weights are only a beginning")
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Restore the optimizer of `model`, matching its parameters by name; InputError where it is another's."""
-    checkpoints.load_optimizer(
-        optimizer,
-        model,
-        checkpoint.optimizer,
-        checkpoint.parameter_order,
-        REMEDIES.weights_only,
-        checkpoint.taken,
-    )
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:

@@ -29,8 +29,6 @@ _PLACES = {
     "nanoflow": ("estimator.net", "flows.{i}"),
 }
 PROJECTIONS = {"affine": "proj_log_s_t", "spline": "proj"}
-# Parts of a model that training may be restricted to: the beginnings of our names.
-PARTS = {"all": "", "gates-embedding-projections": ("gates.", "flow_embedding.", "transforms.")}
 
 
 @cache

@@ -15,7 +15,6 @@ import checkpoint as ckpt
 from config import REMEDIES, Config
 from data import first_batch, make_train_loader
 from fast.estimators import Execution
-from formats.names import PARTS
 from harness.bad_steps import BadSteps
 from harness.checkpoints import load_plain, not_finite, random_state, restore_random_state
 from harness.devices import data_parallel, gradients_stay, prepare_training, steps_of_one_shape
@@ -28,7 +27,7 @@ from training.mel_statistics import training_mel_statistics
 from training.memory import check_memory
 from training.optimisation import MovingAverage, make_schedule, schedule_state
 from training.precision import make_precision
-from training.resuming import checked_state
+from training.resuming import PARTS, checked_state, load_optimizer
 
 
 class Trainer:
@@ -106,7 +105,7 @@ class Trainer:
         """Go on where a checkpoint was written; returns its place in the schedule, and the bad steps just before it."""
         resumed = checked_state(start)
         self.iteration = start.iteration
-        ckpt.load_optimizer(self.optimizer, self.model, start)
+        load_optimizer(self.optimizer, self.model, start)
         if self.average is not None and start.average is not None:
             self.average.load(start.average)
         load_plain(self.precision, resumed.precision, REMEDIES.weights_only)

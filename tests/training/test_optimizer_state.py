@@ -10,7 +10,7 @@ from config import load_config
 from harness.checkpoints import save_whole
 from model import build_model
 from tests.training.test_damaged_state import vocoder  # noqa: F401 (a fixture)
-from training.resuming import check_resumable
+from training.resuming import check_resumable, load_optimizer
 
 # --- counts that differ for a reason
 
@@ -110,7 +110,7 @@ def test_moments_of_any_layout_become_tensors_of_their_own(what, fused, vocoder,
     model = build_model(load_config(vocoder[0]).waveflow_config, load_config(vocoder[0]).data_config)
     ckpt.load_weights(model, start.weights)
     optimizer = torch.optim.Adam(model.parameters(), fused=fused)
-    ckpt.load_optimizer(optimizer, model, start)
+    load_optimizer(optimizer, model, start)
     own = [value for values in optimizer.state_dict()["state"].values() for value in values.values()]
     assert len({value.untyped_storage().data_ptr() for value in own}) == len(own)
     for parameter, values in optimizer.state.items():
