@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import REMEDIES, Config
+from config import Config
 from formats.names import RELEASED, is_stray, our_weights, to_published
 from formats.names import from_published as from_published
 from formats.names import is_released as is_released
@@ -87,23 +87,13 @@ class Checkpoint:
     facts: Mapping[str, str] = field(default_factory=dict)  # what a safetensors file tells of itself
     sources: Collection[Path] = ()  # files named or asked for, which pruning spares
 
-    @property
-    def has_stepped(self) -> bool | None:
-        """Tell whether any step was taken: not where all were skipped, since none was finite; None where only some
-        parts were trained, whose parameters alone have moments.
-        """
-        settings = self.config.get("train_config") if self.config else None
-        if isinstance(settings, Mapping) and settings.get("trained_parts", "all") != "all":
-            return None
-        skipped = self.training_state.get("bad_steps", 0) if isinstance(self.training_state, Mapping) else 0
-        return not (type(skipped) is int and skipped >= self.iteration)
 
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, of_run: bool = False) -> dict[str, Any]:
     """Read a checkpoint of this project or of the published code, on the CPU.
 
     Returns the file's dict with `model` (and `ema`) under our names (for `load_state_dict`, strict) and `iteration`;
-    the other entries where the file has them. Raises InputError on a file that is missing, damaged or not a checkpoint.
+    the other entries where the file has them. of_run: as for `read_checkpoint`. Raises InputError on a file that is
+    missing, damaged or not a checkpoint.
     """
     if Path(path).suffix == SUFFIX:
         content = _content_of(*checkpoints.read_safetensors(path), path)
@@ -115,6 +105,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     iteration = content.get("iteration", 0)
     if type(iteration) is not int or not 0 <= iteration < 2**31:
         raise InputError(f"checkpoint {path}: 'iteration' is not a whole number, or out of range")
+    if of_run and "iteration" in content:
+        checkpoints.check_iteration(Path(path), FILE_NAME, iteration)
     average = {"ema": _checked_average(content["ema"], weights, path)} if "ema" in content else {}
     return {**content, **average, "iteration": iteration, "model": our_weights(weights)}
 
@@ -156,9 +148,12 @@ def _checked_average(average: Any, weights: Mapping[str, Tensor], path: str | Pa
     return our_weights(average)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """`load_checkpoint` as a Checkpoint."""
-    content = load_checkpoint(path)
+def read_checkpoint(path: str | Path, of_run: bool = False) -> Checkpoint:
+    """`load_checkpoint` as a Checkpoint.
+
+    of_run: taken by its name, `waveflow_<iteration>`, which its iteration must be where it says one.
+    """
+    content = load_checkpoint(path, of_run)
     known = ("optimizer", "scheduler", "learning_rate", "training_state", "mel_statistics")
     config = content.get("config")
     return Checkpoint(
@@ -197,18 +192,6 @@ def check_config(checkpoint: Checkpoint, config: Config, warm: bool = False) -> 
             if not warm or (section == "waveflow_config" and key not in LEARNED_ANEW):
                 raise InputError(f"{difference}; make them equal")
             terminal.warn(f"{difference}: its weights are only a beginning")
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Restore the optimizer of `model`, matching its parameters by name; InputError where it is another's."""
-    checkpoints.load_optimizer(
-        optimizer,
-        model,
-        checkpoint.optimizer,
-        checkpoint.parameter_order,
-        REMEDIES.weights_only,
-        stepped=checkpoint.has_stepped,
-    )
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -296,10 +279,11 @@ def average_of(newest_first: Sequence[Path], epsilon: float | None = None) -> Ch
     if epsilon is not None and not 0 < epsilon < 1:
         raise InputError(f"epsilon {epsilon}: expected a number between 0 and 1")
     shares = [1.0 if epsilon is None else (1 - epsilon) ** i for i in range(len(newest_first))]
-    newest = last = read_checkpoint(newest_first[0])
+    by_name = all(FILE_NAME.fullmatch(path.name) for path in newest_first)
+    newest = last = read_checkpoint(newest_first[0], by_name)
     sums = {name: value.double() * (shares[0] / sum(shares)) for name, value in newest.weights.items()}
     for path, share in zip(newest_first[1:], shares[1:], strict=True):
-        before, last = last.iteration, read_checkpoint(path)
+        before, last = last.iteration, read_checkpoint(path, by_name)
         if {k: v.shape for k, v in last.weights.items()} != {k: v.shape for k, v in sums.items()}:
             raise InputError(f"checkpoint {path} is of another model than {newest.path}; they cannot be averaged")
         if epsilon is not None and last.iteration > before:
@@ -352,7 +336,7 @@ def newest_whole(config: Config, usable: Callable[[Checkpoint], None] = lambda c
         model = build_model(config.waveflow_config, config.data_config)
 
     def read(path: Path) -> Checkpoint:
-        checkpoint = _fitting(read_checkpoint(path), config)
+        checkpoint = _fitting(read_checkpoint(path, of_run=True), config)
         _check_fit(checkpoint, model)
         usable(checkpoint)
         return checkpoint

@@ -316,7 +316,7 @@ def find_checkpoint(path: str | Path, warn: Callable[[str], None]) -> ckpt.Check
     path = path if os.path.exists(path) else PRETRAINED.get(str(path), path)
     if not os.path.isdir(path):  # of names that no file can have, too, which those of pathlib do not bear
         return ckpt.read_checkpoint(path)
-    newest = newest_whole(path, ckpt.FILE_NAME, ckpt.read_checkpoint, warn)
+    newest = newest_whole(path, ckpt.FILE_NAME, lambda file: ckpt.read_checkpoint(file, of_run=True), warn)
     if newest is None:
         raise InputError(f"no checkpoint in {path} that can be read; train first, or name a file")
     return newest

@@ -29,6 +29,7 @@ from harness.checkpoints import (
     checked,
     load_optimizer,
     load_strictly,
+    not_finite,
     random_state,
     read_torch_file,
     restore_random_state,
@@ -38,7 +39,7 @@ from harness.devices import fast_bfloat16
 from harness.errors import InputError
 from harness.files import read_text, write_table, written_whole
 from harness.pools import process_pool
-from harness.training_state import is_number, require
+from harness.training_state import Taken, is_number, require
 from training.optimisation import MovingAverage, rate_factor
 from training.precision import make_precision
 
@@ -49,6 +50,7 @@ WORK = Path("experiments/work")  # of runs under way, and the losses of finished
 SAVE_EVERY = 50  # steps
 STATE = {"subject", "optimizer", "average", "losses", "seconds", "random"}  # of a run under way
 MAX_BYTES = 2**26  # of a table
+CANNOT_TRAIN = "this setting cannot be trained"
 CPU = torch.device("cpu")
 
 
@@ -260,7 +262,7 @@ class Training:
 
     def go_on(self) -> None:
         """Train to the last step, saving now and then; the losses of all steps are in `losses.csv` then."""
-        bad = BadSteps(self.config.train_config.max_bad_steps, lambda step: [], "this setting cannot be trained", 0)
+        bad = BadSteps(self.config.train_config.max_bad_steps, lambda step: [], CANNOT_TRAIN, 0)
         loader, done = make_train_loader(self.config, len(self.losses)), len(self.losses)
         self.subject.train()
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -294,6 +296,8 @@ class Training:
         return loss.item(), norm.item()
 
     def _save(self) -> None:
+        if spoilt := not_finite(self.subject.state_dict()):  # the state before is the better one
+            raise InputError(f"step {len(self.losses)}: {spoilt} is not finite; {CANNOT_TRAIN}")
         average = None if self.average is None else self.average.weights()
         content = {
             "subject": self.subject.state_dict(),
@@ -317,7 +321,8 @@ class Training:
         except InputError as error:
             raise InputError(f"{error}; {remedy}") from None
         names = [name for name, _ in self.subject.named_parameters()]
-        load_optimizer(self.optimizer, self.subject, state["optimizer"], names, remedy, stepped=None)
+        taken = Taken(most=len(state["losses"]))
+        load_optimizer(self.optimizer, self.subject, state["optimizer"], names, remedy, taken)
         restore_random_state(state["random"], CPU, remedy)
         self.losses, (self.seconds, self.cpu_seconds) = state["losses"], state["seconds"]
 

@@ -19,7 +19,7 @@ from harness.files import written_whole
 from harness.safetensors_files import load_safetensors
 from harness.stopping import safe_point
 from harness.torch_files import RefusedFile, digest, load_tensors
-from harness.training_state import check_random_state, checked_optimizer
+from harness.training_state import Taken, check_random_state, checked_optimizer, own_moments
 
 MAX_BYTES = 2**33  # with optimizer state, some 700 million parameters; more is not meant
 DIGEST = "digest"  # of a file's entries
@@ -66,8 +66,10 @@ def read_torch_file(path: str | Path, instead_of_folder: str = "expected a file 
 def _check_digest(content: dict[str, Any]) -> None:
     saved = content.pop(DIGEST)
     try:
-        right = saved == digest(content)
-    except TypeError:
+        right = isinstance(saved, str) and saved == digest(content)
+    except (RefusedFile, MemoryError):
+        raise
+    except Exception:  # of things that nobody saved; whatever it stumbles over, they are not what was
         right = False
     if not right:
         raise RefusedFile("damaged (its contents are not those of its digest)")
@@ -96,6 +98,12 @@ def list_checkpoints(folder: str | Path, file_name: re.Pattern[str]) -> list[Pat
 def iteration_of(path: Path, file_name: re.Pattern[str]) -> int:
     """Iteration in the name of a checkpoint."""
     return int(file_name.fullmatch(path.name)[1])
+
+
+def check_iteration(path: Path, file_name: re.Pattern[str], iteration: int) -> None:
+    """InputError where a run's checkpoint says another iteration than its name, by which its place among them goes."""
+    if (named := iteration_of(path, file_name)) != iteration:
+        raise InputError(f"checkpoint {path}: says iteration {iteration}, its name {named}; use another one")
 
 
 def newest_whole(
@@ -222,21 +230,26 @@ def load_optimizer(
     saved: Any,
     order: Sequence[str],
     remedy: str,
-    stepped: bool | None = True,
+    taken: Taken,
 ) -> None:
     """Restore the optimizer of `model` from its saved state, whose parameters 0, 1, ... have the names in `order`.
 
-    How the optimizer computes (fused or not) stays as it was built; only the hyperparameters and moments are taken.
-    stepped: whether there must be moments; None: of some parameters.
+    How the optimizer computes (fused or not) stays as it was built; only the hyperparameters and copies of the moments
+    are taken. taken: the steps that they can be of.
     InputError, which ends with `remedy`, where the state is damaged or of another model.
     """
+    parameters = dict(model.named_parameters())
     group, moments = checked(
-        lambda: checked_optimizer(saved, order, dict(model.named_parameters()), type(optimizer).__name__, stepped),
+        lambda: checked_optimizer(saved, order, parameters, type(optimizer).__name__, taken),
         "optimizer state does not fit this model",
         remedy,
     )
     [own] = optimizer.state_dict()["param_groups"]
-    state = {number: moments[name] for number, (name, _) in enumerate(model.named_parameters()) if name in moments}
+    state = {
+        number: own_moments(moments[name], parameter)
+        for number, (name, parameter) in enumerate(parameters.items())
+        if name in moments
+    }
     kept = {name: value for name, value in group.items() if name in own}
     optimizer.load_state_dict({"state": state, "param_groups": [{**own, **kept}]})
 
@@ -302,4 +315,7 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device, remedy:
     if "random_state" in state:
         torch.set_rng_state(state["random_state"])
     if device.type == "cuda" and "cuda_random_state" in state:
-        torch.cuda.set_rng_state(state["cuda_random_state"], device)
+        try:
+            torch.cuda.set_rng_state(state["cuda_random_state"], device)
+        except RuntimeError as error:  # an offset that no generator has
+            raise InputError(f"the checkpoint's random state is damaged ({str(error)[:80]}); {remedy}") from None

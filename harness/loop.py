@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness import terminal
 from harness.bad_steps import BadSteps
-from harness.errors import Remedies, reason
+from harness.errors import InputError, Remedies, reason
 from harness.log import NoLog, RunLog
 from harness.processes import agree, is_main
 from harness.stopping import StopRequest, worker_deaths_named
@@ -43,6 +43,9 @@ class Trained(Protocol):
 
         Returns numbers on the device, for which it does not wait: the loss first, the gradient norm last.
         """
+
+    def spoilt(self) -> str | None:
+        """Name of the first of the weights that is not finite, if any is."""
 
     def save(self) -> Path:
         """Write the checkpoint of this iteration; OSError where the disk refuses."""
@@ -144,11 +147,23 @@ class Loop(ABC):
                 if finished or trained.bad_steps.in_a_row == 0:
                     due = False
                     self.progress.say()
+                    self._check_weights()
                     self.milestone(finished)
                 self._began = time.perf_counter()  # the pause is none of the speed
             if finished:
                 agree(self.stop, finally_=True)  # a signal to one of them may have ended the evaluation of all
                 return
+
+    def _check_weights(self) -> None:
+        """InputError, instead of a checkpoint that would hide the good ones, where a step has spoilt the weights.
+
+        Its loss and gradient were finite; those of all later ones are not.
+        """
+        if spoilt := self.trained.spoilt():
+            raise InputError(
+                f"iteration {self.trained.iteration}: {spoilt} is not finite, the run has diverged and this checkpoint "
+                f"was not written; {self.trained.bad_steps.remedy}"
+            )
 
     def _read_back(self) -> None:
         """Log, judge and show what is pending; InputError after too many steps in a row that were not finite."""

@@ -35,6 +35,10 @@ _HARMLESS = re.compile(
     r"|torch(\.storage)? (\w+Storage|Size)"
     r"|torch b?float\w+|torch u?int\d+|torch bool"
 )
+_NUMBERS = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
 _CALLS_BY_OTHER_NAMES = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"}
 
 
@@ -54,6 +58,7 @@ def load_tensors(path: str | Path, max_bytes: int) -> Any:
             raise
         except Exception as error:  # a damaged or hostile file can fail anywhere inside the parsers
             raise RefusedFile(f"damaged ({type(error).__name__})") from None
+    _check_size(content)
     _check_tensors(content, size)
     return content
 
@@ -146,12 +151,30 @@ class _Weights:
 # --- contents ---------------------------------------------------------------------------------------------
 
 
+def _check_size(content: Any) -> None:
+    """Refuse lists shared beyond measure, which grow after a pickle knows them, before anyone walks into them."""
+    waiting: list[tuple[Any, int]] = [(content, 0)]
+    n_items = 0
+    while waiting:
+        item, depth = waiting.pop()
+        n_items += 1
+        if n_items > MAX_ITEMS or depth > MAX_DEPTH:
+            raise RefusedFile("holds containers within containers beyond all measure")
+        if isinstance(item, (Mapping, list, tuple)):
+            parts = item.values() if isinstance(item, Mapping) else item
+            waiting.extend((part, depth + 1) for part in parts)
+
+
 def _check_tensors(content: Any, size: int) -> None:
-    """Refuse views larger than their storage (a stride of 0 repeats a number 2^40 times), and sparse ones."""
+    """Refuse views larger than their storage (a stride of 0 repeats a number 2^40 times), and what is no plain array:
+    sparse, conjugated by a mark instead of by its numbers, or of numbers that hardly anything can be done with.
+    """
     claimed = 0
     for tensor in tensors_in(content):
-        if tensor.layout != torch.strided or tensor.is_meta:
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
             raise RefusedFile("holds tensors that are not plain arrays")
+        if tensor.dtype not in _NUMBERS:
+            raise RefusedFile(f"holds numbers of the kind {tensor.dtype}, which no checkpoint has")
         claimed += tensor.numel() * tensor.element_size()
     if claimed > 2 * size:  # twice: weights may be shared under two names
         raise RefusedFile("unpacks to more than its size")
@@ -211,4 +234,6 @@ def _add(result: "hashlib._Hash", text: str) -> None:
 def _add_tensor(result: "hashlib._Hash", tensor: Tensor) -> None:
     _add(result, f"tensor {tensor.dtype} {list(tensor.shape)}")
     if tensor.numel():
-        result.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        # A copy even where it says it is contiguous: one number may have any stride, by which it is not seen as bytes.
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+        result.update(flat.view(torch.uint8).numpy())

@@ -1,12 +1,13 @@
 """The one schema of what training needs besides weights: optimizer, schedule, loss scaling, random numbers, counts.
 
-Whatever holds such state takes over what it is given, so each entry's kind, shape and range is checked before: a
-negative second moment makes NaN, an empty state or a schedule at its start go on as if nothing had been learned.
-Errors are ValueErrors of a few words.
+Whatever holds such state takes over what it is given, so each entry's kind, shape and range is checked before, and
+that they agree: a negative second moment or an eps of 0 makes NaN, an empty state or a schedule at its start go on as
+if nothing had been learned. Errors are ValueErrors of a few words.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from harness.errors import show
 MAX_STEPS = 2**31
 # Moments by the optimizer's class; True: a sum of squares or a maximum, which is never negative.
 MOMENTS = {"Adam": {"exp_avg": False, "exp_avg_sq": True}, "Adamax": {"exp_avg": False, "exp_inf": True}}
-_FROM_ZERO = {"lr": 1e6, "initial_lr": 1e6, "eps": 1.0, "weight_decay": 1e6}  # and their largest values
-HYPERPARAMETERS = (*_FROM_ZERO, "betas")
+# Bounds of hyperparameters. Below its own, eps is 0 in float32; betas nearer to 1 make steps of any length.
+_RANGES = {"lr": (0, 1e6), "initial_lr": (0, 1e6), "eps": (1e-12, 1.0), "weight_decay": (0, 1e6)}
+_HIGHEST_BETAS = (0.999, 0.99999)
+HYPERPARAMETERS = (*_RANGES, "betas")
+MAX_UPDATE = 1e4  # learning rates that the moments may move a weight by; those that training leaves, fewer than 100
 
 
 def require(valid: bool, name: str, value: Any) -> None:
@@ -40,13 +44,28 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
 # --- optimizers -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Steps that can have been taken before an optimizer's state was saved.
+
+    least, most: how many at least and at most. together: what parameters that were always trained together have in
+    common, by name; their counts are alike, and of those of a run that trained only some parts, `parts`, a whole kind
+    may lack moments.
+    """
+
+    least: int = 0
+    most: int = MAX_STEPS
+    parts: bool = False
+    together: Callable[[str], Hashable] = lambda name: None
+
+
 def checked_optimizer(
-    saved: Any, order: Sequence[str], parameters: Mapping[str, Tensor], kind: str, stepped: bool | None = True
-) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
+    saved: Any, order: Sequence[str], parameters: Mapping[str, Tensor], kind: str, taken: Taken
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Hyperparameters, and moments by the parameter's name, of a saved `state_dict`.
 
-    order: names of the parameters that it numbers 0, 1, ...; kind: the optimizer's class; stepped: whether any step
-    can have been taken, so that there must be moments; None: of some parameters.
+    order: names of the parameters that it numbers 0, 1, ...; kind: the optimizer's class. The moments are the file's
+    own tensors, of whatever strides and storages: what is to be written to is a copy, `own_moments`.
     """
     require(isinstance(saved, Mapping), "it", type(saved).__name__)
     state, groups = saved.get("state"), saved.get("param_groups")
@@ -58,14 +77,16 @@ def checked_optimizer(
         raise ValueError("it knows other parameters")
     strays = [number for number in state if type(number) is not int or number not in numbers]
     require(not strays, "a parameter's number", strays[:1])
-    if len(state) < len(numbers) and stepped is not None and (state or stepped):
-        raise ValueError(f"it holds moments of {len(state)} of {len(numbers)} parameters")
+    hyperparameters = _checked_group(groups[0])
     moments = {numbers[number]: _checked_moments(value, parameters[numbers[number]], kind, numbers[number])
                for number, value in state.items()}  # fmt: skip
-    return _checked_group(groups[0]), moments
+    for name, values in moments.items():
+        _check_update(values, kind, hyperparameters["eps"], name)
+    _check_counts({name: moments[name]["step"].item() if name in moments else None for name in parameters}, taken)
+    return hyperparameters, moments
 
 
-def _checked_moments(state: Any, parameter: Tensor, kind: str, name: str) -> Mapping[str, Any]:
+def _checked_moments(state: Any, parameter: Tensor, kind: str, name: str) -> dict[str, Tensor]:
     require(isinstance(state, Mapping), f"the state of {name}", state)
     expected = MOMENTS[kind]
     keys = {key for key in state if key not in ("step", "max_exp_avg_sq")}
@@ -83,28 +104,73 @@ def _checked_moments(state: Any, parameter: Tensor, kind: str, name: str) -> Map
         limit = torch.finfo(parameter.dtype).max
         require(-limit <= low and high <= limit, f"{key} of {name}", "not finite")  # false for nan
         require(low >= 0 or not expected[key], f"{key} of {name}", low)
-    return {key: value for key, value in state.items() if key in expected or key == "step"}
+    return {**{key: state[key] for key in expected}, "step": torch.tensor(float(step))}
+
+
+def _check_update(moments: Mapping[str, Tensor], kind: str, eps: float, name: str) -> None:
+    """ValueError where the moments are not of the same gradients: a mean far beyond the mean square makes weights
+    infinite in one step.
+    """
+    first, second = (moments[key].detach().double() for key in MOMENTS[kind])
+    size = second.sqrt() if kind == "Adam" else second
+    update = (first.abs() / (size + eps)).max().item() if first.numel() else 0.0
+    require(update <= MAX_UPDATE, f"the update of {name} by its moments", update)
+
+
+def _check_counts(steps: Mapping[str, float | None], taken: Taken) -> None:
+    """ValueError unless the counts of parameters can be those of the steps taken; None: a parameter has no moments."""
+    counts = [count for count in steps.values() if count is not None]
+    if len(counts) < len(steps) and not taken.parts and (counts or taken.least):
+        raise ValueError(f"it holds moments of {len(counts)} of {len(steps)} parameters")
+    if not counts:
+        require(not taken.least, "the number of parameters with moments", 0)
+    kinds: dict[Hashable, set[float | None]] = {}
+    for name, count in steps.items():
+        kinds.setdefault(taken.together(name), set()).add(count)
+        if len(kinds[taken.together(name)]) > 1:
+            raise ValueError(f"step of {name} is {show(count)}, of others trained with it another")
+    if counts and max(counts) > taken.most:
+        raise ValueError(f"step is {max(counts):g}, where at most {taken.most} were taken")
 
 
 def _checked_group(group: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("lr", "betas", "eps"):
         require(name in group, name, None)
-    for name, highest in _FROM_ZERO.items():
-        require(name not in group or is_number(group[name], 0, highest), name, group.get(name))
+    for name, bounds in _RANGES.items():
+        require(name not in group or is_number(group[name], *bounds), name, group.get(name))
     betas = group["betas"]
-    valid = isinstance(betas, (list, tuple)) and len(betas) == 2 and all(is_number(b, 0) and b < 1 for b in betas)
+    valid = isinstance(betas, (list, tuple)) and len(betas) == 2 and all(map(_is_beta, betas, _HIGHEST_BETAS))
     require(valid, "betas", betas)
     return {name: group[name] for name in HYPERPARAMETERS if name in group}
+
+
+def _is_beta(value: Any, highest: float) -> bool:
+    return is_number(value, 0, highest)
+
+
+def own_moments(moments: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    """Copies of a parameter's checked moments that lie in memory as it does, each in its own.
+
+    An optimizer's kernels write as many numbers as a tensor has from where it begins: into the file's tensors, which
+    may repeat one number or share a storage, they would write beyond it or over one another.
+    """
+    own = {name: torch.empty_like(parameter, requires_grad=False).copy_(value.detach())
+           for name, value in moments.items() if name != "step"}  # fmt: skip
+    return {**own, "step": moments["step"].clone()}
 
 
 # --- the rest ---------------------------------------------------------------------------------------------
 
 
-def checked_schedule(state: Any) -> int:
-    """Steps after which StepLR's `state_dict` was taken."""
+def checked_schedule(state: Any, iteration: int) -> int:
+    """Steps after which StepLR's `state_dict` was taken, at an iteration.
+
+    They are fewer than its number where a published run was resumed, which took no step of the schedule then.
+    """
     require(isinstance(state, Mapping), "the schedule", state)
     steps = state.get("last_epoch")
     require(is_count(steps), "last_epoch", steps)
+    require(steps <= iteration, f"at iteration {iteration} last_epoch", steps)
     require(is_count(state.get("step_size")) and state["step_size"] > 0, "step_size", state.get("step_size"))
     require(is_number(state.get("gamma"), 0, 1e6), "gamma", state.get("gamma"))
     for name in ("base_lrs", "_last_lr"):

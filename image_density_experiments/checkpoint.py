@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from harness import checkpoints
-from harness.errors import InputError, Remedies, show
-from harness.training_state import MAX_STEPS, is_count, is_number, require
+from harness.errors import InputError, Remedies, one_line, show
+from harness.training_state import MAX_STEPS, Taken, is_count, is_number, require
 
 FILE_NAME = re.compile(r"glow_model_(\d+)\.pt")
 REMEDIES = Remedies(
@@ -190,8 +190,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, start: Ch
     """Restore the optimizer of `model` from a checkpoint; InputError where it does not fit."""
     order, state = parameter_order(model, start.weights), start.training_state
     skipped = state.get("bad_steps", 0) if isinstance(state, Mapping) else 0
-    stepped = not (type(skipped) is int and skipped >= _last_step(start))
-    checkpoints.load_optimizer(optimizer, model, start.optimizer, order, REMEDIES.weights_only, stepped)
+    none = type(skipped) is int and skipped >= _last_step(start)
+    taken = Taken(least=0 if none else 1)
+    checkpoints.load_optimizer(optimizer, model, start.optimizer, order, REMEDIES.weights_only, taken)
 
 
 def _last_step(start: Checkpoint) -> int:
@@ -223,15 +224,17 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return checkpoints.list_checkpoints(folder, FILE_NAME)
 
 
-def newest_checkpoint(folder: Path, usable: Callable[[Checkpoint], None] = lambda start: None) -> Checkpoint:
+def newest_checkpoint(folder: Path, usable: Callable[[Checkpoint], Any] = lambda start: None) -> Checkpoint:
     """The newest checkpoint of a run that can be read, and for which `usable` raises no InputError."""
 
     def read_usable(path: Path) -> Checkpoint:
-        start = read_checkpoint(path)
+        start, named = read_checkpoint(path), one_line(f"checkpoint {path}: ")
+        if start.iteration is not None:
+            checkpoints.check_iteration(path, FILE_NAME, start.iteration)
         try:
             usable(start)
         except InputError as error:
-            raise InputError(f"checkpoint {path}: {str(error).removeprefix('the checkpoint ')}") from None
+            raise InputError(f"{named}{str(error).removeprefix('the checkpoint ').removeprefix(named)}") from None
         return start
 
     read = checkpoints.newest_whole(folder, FILE_NAME, read_usable)

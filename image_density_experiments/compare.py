@@ -28,6 +28,7 @@ from harness.files import RefusedFile, open_file
 from harness.settings import parse_section
 from harness.stopping import exit_status, leave
 from image_density_experiments.checkpoint import list_checkpoints, newest_checkpoint
+from image_density_experiments.entries import told
 from image_density_experiments.figures import save_curves
 from image_density_experiments.loop import EPOCH_FILE, STEP_FILE
 from image_density_experiments.model import ImageFlow, ImageModelConfig, count_parameters
@@ -54,7 +55,7 @@ def read_run(folder: Path) -> Run:
     epochs = list(_rows(folder / EPOCH_FILE))
     if not checkpoints or not epochs:
         raise InputError(f"{folder}: holds no run with a whole epoch; train it first")
-    start = newest_checkpoint(folder)
+    start = told(newest_checkpoint(folder, told))
     config = parse_section(ImageModelConfig, start.config, f"checkpoint {start.path}: config.")
     steps, last = folder / STEP_FILE, epochs[-1]
     curve = [(_whole(row, "iteration", steps), _number(row, "bits_per_dim", steps)) for row in _rows(steps)]

@@ -1,7 +1,7 @@
 """Pictures of a run as PNG files: grids of images, histograms of bits per dimension."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from harness.files import written_whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 BREAK = 2.0  # a gap wider than this many times the narrower of two groups breaks the axis
 BINS = 40
@@ -44,12 +45,12 @@ def save_image_rows(path: Path, rows: dict[str, np.ndarray], title: str) -> None
     size = figure.get_size_inches()
     axes = figure.add_axes((left / size[0], 0.1 / size[1], inches_wide / size[0], inches_high / size[1]))
     axes.imshow(grid, interpolation="none", aspect="auto")
-    axes.set_yticks([(index + 0.5) * height * scale for index in range(len(rows))], list(rows))
+    axes.set_yticks([(index + 0.5) * height * scale for index in range(len(rows))], list(rows), parse_math=False)
     axes.set_xticks([])
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     _save(path, figure)
 
 
@@ -118,7 +119,8 @@ def _add_legend(figure: "Figure", bits: dict[str, np.ndarray], finite: dict[str,
         mean = f"mean {values.mean():.3f}" if len(values) else "none finite"
         labels.append(f"{name}: {len(bits[name])} images, {mean}" + (f", {n_lost} not finite" if n_lost else ""))
     handles = [Patch(color=f"C{index}", alpha=0.6, label=label) for index, label in enumerate(labels)]
-    figure.legend(handles=handles, loc="outside upper center", title=title, fontsize=9, frameon=False)
+    legend = figure.legend(handles=handles, loc="outside upper center", title=title, fontsize=9, frameon=False)
+    _as_they_are([*legend.get_texts(), legend.get_title()])
 
 
 def save_curves(path: Path, curves: dict[str, list[tuple[int, float]]]) -> None:
@@ -133,9 +135,15 @@ def save_curves(path: Path, curves: dict[str, list[tuple[int, float]]]) -> None:
         means = [bits[start : end + 1].mean() for end, start in enumerate(starts)]
         axes.plot(iterations, means, label=name)
     axes.set(xlabel="iteration", ylabel="bits/dim on train")
-    axes.legend()
+    _as_they_are(axes.legend().get_texts())
     axes.grid(alpha=0.3)
     _save(path, figure)
+
+
+def _as_they_are(texts: Iterable["Text"]) -> None:
+    """Names are no formulas, whatever dollars they have."""
+    for text in texts:
+        text.set_parse_math(False)
 
 
 def _save(path: Path, figure: "Figure") -> None:

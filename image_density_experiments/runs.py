@@ -27,14 +27,13 @@ from harness.training_state import check_random_state
 from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.checkpoint import Checkpoint
 from image_density_experiments.datasets import OWN, load_images
+from image_density_experiments.entries import told
 from image_density_experiments.model import ImageFlow, ImageModelConfig
 from image_density_experiments.options import DATASETS_FOLDER, DataOptions, Options, TrainOptions
 from image_density_experiments.pictures import ImageForm, picture_bytes
 from image_density_experiments.splits import ImageData, Split
 
-# Options that are the run's own, and those whose change makes it another one than was begun.
-RUNS_OWN = ("batch_size", "epochs", "lr", "warmup", "weight_decay", "y_weight", "max_grad_clip", "max_grad_norm")
-RUNS_OWN += ("n_init_batches", "seed", "augmented", "amp")
+# Options whose change makes the run another one than was begun.
 RESUMED_AS_BEGUN = ("batch_size", "lr", "warmup", "weight_decay", "seed", "n_init_batches")
 MAX_RECORD_BYTES = 2**20
 COMPARED = 16  # images of a split that tell it from another one
@@ -48,7 +47,7 @@ def starting_point(model: Path | None, optimizer: Path | None = None) -> Checkpo
         if optimizer is not None:
             raise InputError("--saved_optimizer belongs to a model; give --saved_model with it")
         return None
-    start = ckpt.newest_checkpoint(model, check_usable) if model.is_dir() else ckpt.read_checkpoint(model)
+    start = told(ckpt.newest_checkpoint(model, check_usable) if model.is_dir() else ckpt.read_checkpoint(model))
     if optimizer is None:
         return start
     number = re.search(r"_(\d+)$", model.stem)  # published files are numbered by epochs
@@ -61,12 +60,13 @@ def check_usable(start: Checkpoint) -> None:
 
     What a published file does not say is not missed.
     """
+    start = told(start)
     state = ckpt.checked_state(start)
     checked(lambda: check_random_state(state), "random state is damaged", ckpt.REMEDIES.weights_only)
     if start.config is None:
         return
     with torch.random.fork_rng(devices=[]):  # none of the run's own random numbers
-        model = ImageFlow(parse_section(ImageModelConfig, start.config, "config."))
+        model = _fresh_model(ImageModelConfig(**start.config))
     ckpt.load_weights(model, start.weights)
     if start.optimizer is not None:
         ckpt.load_optimizer(torch.optim.Adamax(model.parameters()), model, start)
@@ -90,7 +90,7 @@ def _told(start: Checkpoint | None, name: str) -> Mapping[str, Any]:
 
 def train_options(options: Options, start: Checkpoint | None) -> TrainOptions:
     """The options of the run, with the flags that were given; InputError where they make it another one."""
-    saved = {name: value for name, value in _told(start, "options").items() if name in RUNS_OWN}
+    saved = _told(start, "options")
     given = options.train
     if options.job == "train" and saved.get("augmented") and given.get("augmented") is False:
         raise InputError("--no_augment: the run was trained with augmentation; leave the flag out, or start a new run")
@@ -132,9 +132,10 @@ def _saved_data(start: Checkpoint | None) -> dict[str, Any]:
     if start is not None and not saved:  # an older checkpoint: its folder knows at least the name
         record = start.path.parent / CONFIG_NAME
         try:
-            saved = {"dataset": json.loads(read_text(record, MAX_RECORD_BYTES))["dataset"]}
-        except (OSError, ValueError, KeyError, TypeError):
+            dataset = json.loads(read_text(record, MAX_RECORD_BYTES))["dataset"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
+        saved = {"dataset": dataset} if isinstance(dataset, str) else {}
     return {name: value for name, value in saved.items() if value is not None}
 
 
@@ -226,11 +227,15 @@ def model_config(
 
 def make_model(start: Checkpoint | None, config: ImageModelConfig) -> ImageFlow:
     """The model, with the weights of a checkpoint if there is one. InputError where there is no memory for it."""
-    require_memory(4.0 * config.weights_at_least, config.describe(), "lower hidden_channels, K or the images' size")
-    model = ImageFlow(config)
+    model = _fresh_model(config)
     if start is not None:
         ckpt.load_weights(model, start.weights)
     return model
+
+
+def _fresh_model(config: ImageModelConfig) -> ImageFlow:
+    require_memory(4.0 * config.weights_at_least, config.describe(), "lower hidden_channels, K or the images' size")
+    return ImageFlow(config)
 
 
 def _check_fit(config: ImageModelConfig, data: ImageData, dataset: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.bad_steps import BadSteps, step_if_finite
 from harness.batches import BatchLoader
-from harness.checkpoints import keep_newest, random_state
+from harness.checkpoints import keep_newest, not_finite, random_state
 from harness.devices import data_parallel, prepare_training, steps_of_one_shape
 from harness.memory import require_memory
 from harness.processes import mean, rank, share_of_batch, world_size
@@ -207,6 +207,10 @@ class Trainer:
         return result
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def spoilt(self) -> str | None:
+        """Name of the first of the weights that is not finite, if any is."""
+        return not_finite(self.model.state_dict())
 
     def save(self) -> Path:
         """Write the checkpoint of this iteration."""

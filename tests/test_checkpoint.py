@@ -10,6 +10,7 @@ import checkpoint as ckpt
 from harness.errors import InputError
 from tests.support.experiments import run
 from tests.support.vocoders import random_input, random_vocoder
+from training.resuming import load_optimizer
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints_nanoflow"
 VARIANTS = [(c, t) for c in ("waveflow", "nanoflow_naive", "nanoflow_decomp", "nanoflow") for t in ("affine", "spline")]
@@ -51,7 +52,7 @@ def test_published_optimizer_state_reaches_the_parameters_it_belongs_to(folder):
     raw = torch.load(GOLDEN / "waveflow_60", weights_only=True)
     model = random_vocoder(res_channels=8, n_height=16, n_flow=4, size_flow_embed=16)
     optimizer = torch.optim.Adam(model.parameters())
-    ckpt.load_optimizer(optimizer, model, checkpoint)
+    load_optimizer(optimizer, model, checkpoint)
     for index, name in enumerate(raw["model"]):
         parameter = model.get_parameter(ckpt.from_published(name))
         assert torch.equal(optimizer.state[parameter]["exp_avg"], raw["optimizer"]["state"][index]["exp_avg"])
@@ -61,7 +62,7 @@ def test_optimizer_state_of_another_model_is_refused():
     checkpoint = ckpt.read_checkpoint(GOLDEN / "waveflow_60")
     model = random_vocoder("waveflow")
     with pytest.raises(InputError, match="optimizer state does not fit"):
-        ckpt.load_optimizer(torch.optim.Adam(model.parameters()), model, checkpoint)
+        load_optimizer(torch.optim.Adam(model.parameters()), model, checkpoint)
 
 
 def test_weights_of_another_model_name_the_differences_and_change_nothing():

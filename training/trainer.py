@@ -16,7 +16,7 @@ from config import REMEDIES, Config
 from data import first_batch, make_train_loader
 from fast.estimators import Execution
 from harness.bad_steps import BadSteps
-from harness.checkpoints import load_plain, random_state, restore_random_state
+from harness.checkpoints import load_plain, not_finite, random_state, restore_random_state
 from harness.devices import data_parallel, gradients_stay, prepare_training, steps_of_one_shape
 from harness.errors import InputError
 from harness.processes import mean, rank, world_size
@@ -27,9 +27,7 @@ from training.mel_statistics import training_mel_statistics
 from training.memory import check_memory
 from training.optimisation import MovingAverage, make_schedule, schedule_state
 from training.precision import make_precision
-from training.resuming import checked_state
-
-PARTS = {"all": "", "gates-embedding-projections": ("gates.", "flow_embedding.", "transforms.")}  # of a model, by name
+from training.resuming import PARTS, checked_state, load_optimizer
 
 
 class Trainer:
@@ -107,7 +105,7 @@ class Trainer:
         """Go on where a checkpoint was written; returns its place in the schedule, and the bad steps just before it."""
         resumed = checked_state(start)
         self.iteration = start.iteration
-        ckpt.load_optimizer(self.optimizer, self.model, start)
+        load_optimizer(self.optimizer, self.model, start)
         if self.average is not None and start.average is not None:
             self.average.load(start.average)
         load_plain(self.precision, resumed.precision, REMEDIES.weights_only)
@@ -155,6 +153,10 @@ class Trainer:
         return self.model if self.average is None else self.average.module
 
     # --- checkpoints --------------------------------------------------------------------------------------
+
+    def spoilt(self) -> str | None:
+        """Name of the first of the weights, or of their averages, that is not finite, if any is."""
+        return not_finite(self.model.state_dict()) or (self.average and not_finite(self.average.weights()))
 
     def save(self) -> Path:
         """Write the checkpoint of this iteration."""

@@ -39,6 +39,12 @@ def damages(content):
     yield from ((("optimizer",), wrong) for wrong in (None, 3, {}, {"state": {}, "param_groups": []}))
     yield ("optimizer", "param_groups", 0, "lr"), math.nan
     yield from ((("optimizer", "state", 0, name), wrong) for name in ("exp_avg", "exp_avg_sq") for wrong in (None, 3.0))
+    yield from ((("optimizer", "param_groups", 0, "eps"), wrong) for wrong in (0.0, 1e-300))
+    state = content["optimizer"]["state"]
+    yield from ((("optimizer", "state", number, "step"), torch.tensor(1.0)) for number in state)
+    for wrong in (3.0, 1e6):  # of two steps
+        counted = {number: {**values, "step": torch.tensor(wrong)} for number, values in state.items()}
+        yield ("optimizer", "state"), counted
 
 
 def test_no_damage_to_a_run_under_way_passes(saved):
@@ -57,6 +63,38 @@ def test_no_damage_to_a_run_under_way_passes(saved):
     for other in ({}, [1, 2], None, {name: content[name] for name in content if name != "seconds"}):
         with pytest.raises(InputError, match="remove"):
             training._restore(other)
+
+
+@pytest.mark.parametrize("layout", ["stride 0", "one of the other", "one step for all"])
+def test_moments_of_any_layout_become_tensors_of_their_own(saved, layout):
+    training, content = saved
+    damaged = copy.deepcopy(content)
+    state = damaged["optimizer"]["state"]
+    for values in state.values():
+        if layout == "stride 0":
+            values["exp_avg"] = torch.zeros(()).expand(values["exp_avg"].shape)
+        elif layout == "one of the other":
+            values["exp_avg"] = values["exp_avg_sq"]
+        else:
+            values["step"] = state[0]["step"]
+    training._restore(damaged)
+    own = [value for values in training.optimizer.state.values() for value in values.values()]
+    assert len({value.untyped_storage().data_ptr() for value in own}) == len(own)
+    assert all(value.is_contiguous() for value in own)
+    training._restore(copy.deepcopy(content))
+
+
+def test_spoilt_weights_do_not_take_the_place_of_good_ones(saved):
+    training, content = saved
+    before = (training.folder / "state.pt").read_bytes()
+    parameter = next(training.subject.parameters())
+    for wrong in (math.nan, math.inf):
+        with torch.no_grad():
+            parameter.flatten()[-1] = wrong
+        with pytest.raises(InputError, match=r"step 2: .* is not finite; this setting cannot be trained"):
+            training._save()
+        assert (training.folder / "state.pt").read_bytes() == before
+    training._restore(copy.deepcopy(content))
 
 
 TABLES = {

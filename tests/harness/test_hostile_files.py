@@ -32,6 +32,7 @@ from image_density_experiments import checkpoint as image_ckpt
 from image_density_experiments import datasets
 from model import build_model
 from tests.support.vocoders import random_vocoder, small_config
+from training.resuming import load_optimizer
 
 ROOT = Path(__file__).parents[2]
 SECONDS, MEGABYTES = 5, 500  # for one file; for all of a kind
@@ -178,7 +179,7 @@ def test_mutated_checkpoints(n, tmp_path):
         start = ckpt.read_checkpoint(path)
         ckpt.load_weights(model, start.weights)
         if start.optimizer is not None:
-            ckpt.load_optimizer(optimizer, model, start)
+            load_optimizer(optimizer, model, start)
         if isinstance(start.training_state, dict):
             restore_random_state(start.training_state, torch.device("cpu"), "words")
         image_ckpt.load_checkpoint(path)

@@ -29,12 +29,15 @@ class Number:
         self.device, self.iteration, self.learning_rate = torch.device("cpu"), 0, 0.1
         self.loader = ((number,) for number in itertools.count())
         self.bad_steps = BadSteps(3, lambda step: [f"item {step}"], REMEDIES.bad_steps)
-        self.saved, self.pruned, self.full = [], [], False
+        self.saved, self.pruned, self.full, self.diverged = [], [], False, math.inf
 
     def step(self, _):
         self.iteration += 1
         loss = math.nan if self.iteration in self.bad else float(self.iteration)
         return torch.tensor(loss), torch.tensor(1.0)
+
+    def spoilt(self):
+        return "the number" if self.iteration >= self.diverged else None
 
     def save(self):
         if self.full:
@@ -103,6 +106,35 @@ def test_a_checkpoint_waits_for_a_good_step(tmp_path, capsys):
     assert model.bad_steps.in_a_row == 1
     said = capsys.readouterr().out
     assert re.findall(r"warning: iteration (\d): loss nan.* item (\d)", said) == [("4", "3"), ("5", "4"), ("9", "8")]
+
+
+@pytest.mark.parametrize("last", [8, 9, 20])
+@pytest.mark.parametrize("diverged", [1, 4, 5, 7, 8])
+def test_spoilt_weights_are_never_saved_nor_do_they_cost_an_older_checkpoint(last, diverged, tmp_path):
+    model = Number(tmp_path)
+    model.diverged = diverged
+    with pytest.raises(
+        InputError, match=r"iteration \d+: the number is not finite, .* was not written; think again"
+    ) as error:
+        NumberLoop(model, last).run()
+    due = min(last, next(iteration for iteration in (4, 8, 12) if iteration >= diverged))
+    assert str(error.value).startswith(f"iteration {due}: ")
+    assert model.saved == [iteration for iteration in (4, 8) if iteration < min(due, diverged)]
+    assert model.pruned == [str(iteration) for iteration in model.saved]
+
+
+def test_a_signal_does_not_save_spoilt_weights(tmp_path):
+    model = Number(tmp_path)
+    model.diverged = 6
+
+    class Signalled(NumberLoop):
+        def taken(self, steps, seconds):
+            if steps[-1].iteration == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopRequest() as stop, pytest.raises(InputError, match="iteration 6: the number is not finite"):
+        Signalled(model, last=100, stop=stop).run()
+    assert model.saved == [4]
 
 
 def test_bad_steps_in_a_row_end_the_run_though_read_late(tmp_path, every_five):

@@ -53,3 +53,11 @@ def test_grids_are_rgb_with_rows_of_any_length(channels):
     rows = [np.full((n, 4, 5, channels), 7, np.uint8) for n in (3, 1)]
     grid = image_grid(rows)
     assert grid.shape == (2 * 6 + 2, 3 * 7 + 2, 3) and (grid == 7).all(-1).sum() == 4 * 20
+
+
+@pytest.mark.parametrize("name", ["a$b$c", "$", "$\\frac{a$", "5$ to 10$^", "a\\$b$x_{$"])
+def test_names_are_no_formulas(tmp_path, name):
+    figures.save_image_rows(tmp_path / "rows.png", {name: np.zeros((2, 4, 4, 3), np.uint8)}, name)
+    save_histogram(tmp_path / "histogram.png", {name: np.array([3.0, 3.1])}, name)
+    figures.save_curves(tmp_path / "curves.png", {name: [(1, 2.0), (2, 3.0)]})
+    assert len(list(tmp_path.iterdir())) == 3

@@ -130,3 +130,23 @@ def test_a_checkpoint_of_the_code_before_goes_on_as_it_would_have_then(images, t
             assert row.keys() == then.keys()
             for key in row.keys() - {"images_per_second"}:
                 assert float(row[key]) == pytest.approx(float(then[key]), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("last", [3, 4, 8])
+def test_spoilt_weights_are_not_saved(last, wrong, images, tmp_path, capsys, monkeypatch):
+    folder, step = tmp_path / "run", Trainer.step
+
+    def spoiling(trainer, *batch):
+        result = step(trainer, *batch)
+        if trainer.iteration == 3:
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(wrong)
+        return result
+
+    monkeypatch.setattr(Trainer, "step", spoiling)
+    assert run(images, folder, "--max_iterations", last, "--save_every", 2) == 1
+    said = capsys.readouterr().err
+    assert "is not finite, the run has diverged" in said or "not finite in 10 steps in a row" in said
+    assert "Traceback" not in said
+    assert [path.name for path in ckpt.list_checkpoints(folder)] == ["glow_model_2.pt"]

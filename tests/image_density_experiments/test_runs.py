@@ -1,13 +1,17 @@
 """A resumed or evaluated run is the same run: what defines it comes from its checkpoint, or is refused or named."""
 
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from harness.errors import InputError
+from image_density_experiments import checkpoint as ckpt
 from image_density_experiments.checkpoint import load_checkpoint
+from image_density_experiments.runs import starting_point
 from tests.support.image_command import MODEL, begin, command, pictures, rows
 
 
@@ -129,6 +133,121 @@ def test_an_older_checkpoint_must_be_told_its_images(tmp_path, images, capsys):
     capsys.readouterr()
     assert command("--saved_model", alone, "--output_dir", tmp_path / "new", "--evaluate") == 1
     assert "alone.pt: does not say which images it was trained on; name them with --dataset" in capsys.readouterr().err
+
+
+# --- what a checkpoint says of itself -----------------------------------------------------------------------------
+
+
+def damages():
+    """(entry, name, value) of what no run writes and no job may believe."""
+    strange = [torch.zeros(3), torch.zeros(()), [5, {}], {"a": 1}, 1j, math.nan, 10**400]
+    texts = [5, 1.5, True, *strange]
+    numbers = ["x", -1, 10**12, *strange]
+    for name in ("dataset", "dataroot", "background"):
+        yield from (("data", name, wrong) for wrong in texts)
+    yield from (("data", name, wrong) for name in ("images", "n_images") for wrong in [None, *texts])
+    yield from (("data", name, wrong) for name in ("image_size", "channels") for wrong in numbers)
+    yield from [("data", "dataset", "unheard of"), ("data", "channels", 2), ("data", "background", "no colour")]
+    yield from (("data", "class_names", wrong) for wrong in [None, 5, 1.5, "abc", *strange, [5], [None], ["a", b"b"]])
+    yield "data", "class_names", ["x"] * (2**16 + 1)
+    for name in ("batch_size", "epochs", "n_init_batches", "seed"):
+        yield from (("options", name, wrong) for wrong in [None, 1.5, True, *numbers])
+    for name in ("lr", "warmup", "weight_decay", "y_weight", "max_grad_clip", "max_grad_norm"):
+        # A tensor of one number becomes that number.
+        yield from (("options", name, wrong) for wrong in [None, *numbers[:4], *strange[2:]])
+    yield from (("options", name, wrong) for name in ("augmented", "amp") for wrong in [None, 1, "yes", *strange])
+    for name in ("hidden_channels", "K", "L", "flow_embed_dim", "y_classes", "n_bits"):
+        yield from (("config", name, wrong) for wrong in [None, 0, 1.5, True, *numbers])
+    shapes = [5, None, "8", (8, 8), (8, 8, 3, 1), (0, 8, 3), (8, 8, -3), (7, 8, 3), (2**20, 8, 3), (8.0, 8, 3)]
+    yield from (("config", "image_shape", wrong) for wrong in [*shapes, *strange])
+    for name in ("model_type", "flow_permutation", "flow_coupling", "LU_decomposed", "learn_top", "y_condition"):
+        yield from (("config", name, wrong) for wrong in [None, 5, "unheard of", *strange])
+    yield "config", "actnorm_scale", math.inf
+    yield from (("config", name, 6) for name in (5, None, (1, 2), "unheard_of"))
+    yield from ((entry, None, wrong) for entry in ("config", "options", "data") for wrong in [None, 5, "x", [], [3]])
+
+
+DAMAGES = list(damages())
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run with two checkpoints, 2 and 4, and the newer one's content."""
+    place = tmp_path_factory.mktemp("two")
+    folder = begin(place / "run", pictures(place / "images"), "--save_every", 2, iterations=4)
+    return folder, load_checkpoint(folder / "glow_model_4.pt")
+
+
+@pytest.mark.parametrize("entry", ["config", "options", "data"])
+def test_what_no_run_writes_is_refused_by_file_and_passed_over_in_a_folder(entry, two, tmp_path, monkeypatch, capsys):
+    folder, content = two
+    good = load_checkpoint(folder / "glow_model_2.pt")
+    cases = [case for case in DAMAGES if case[0] == entry]
+    assert len(cases) > 80
+    for _, name, value in cases:
+        damaged = {**content, entry: value if name is None else {**content[entry], name: value}}
+        by_name = {"glow_model_4.pt": damaged, "glow_model_2.pt": good}
+        monkeypatch.setattr(ckpt, "load_checkpoint", lambda path, by_name=by_name: by_name[path.name])
+        with pytest.raises(InputError) as error:
+            starting_point(folder / "glow_model_4.pt")
+        said = str(error.value)
+        assert said.startswith(f"checkpoint {folder}/glow_model_4.pt: its {entry}"), (name, value, said)
+        assert said.isprintable() and len(said) < 400
+        assert starting_point(folder).iteration == 2, (name, value)
+        assert capsys.readouterr().err.count("glow_model_4.pt: ") == 1
+
+
+def test_what_a_run_writes_is_told_as_it_was(two):
+    folder, content = two
+    start = starting_point(folder)
+    assert start.iteration == 4 and start.config == content["config"]
+    assert all(content["options"][name] == value for name, value in start.options.items()) and len(start.options) == 12
+    assert {**content["data"], **start.data} == content["data"]
+
+
+JOBS = {"sample": ["--sample", "--n_samples", 2], "evaluate": ["--evaluate"], "train": ["--max_iterations", 6]}
+SPOILT = {
+    "class names": lambda content: content["data"].update(class_names=5),
+    "dataset": lambda content: content["data"].update(dataset=torch.zeros(3)),
+    "shape": lambda content: content["config"].update(image_shape=(8, 8)),
+    "batch size": lambda content: content["options"].update(batch_size=torch.zeros(3)),
+    "seed": lambda content: content["options"].update(seed="x"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_refuses_the_file_in_a_line_and_takes_the_one_before(job, what, two, tmp_path, capsys):
+    copy = shutil.copytree(two[0], tmp_path / "run")
+    content = torch.load(copy / "glow_model_4.pt", weights_only=True)
+    del content["digest"]
+    SPOILT[what](content)
+    torch.save(content, copy / "glow_model_4.pt")
+    assert command("--saved_model", copy / "glow_model_4.pt", *JOBS[job], "--batch_size", 4) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "glow_model_4.pt: its " in error
+    assert command("--saved_model", copy, *JOBS[job], "--batch_size", 4) == 0
+    said = capsys.readouterr()
+    assert "glow_model_4.pt: its " in said.err and "glow_model_2.pt, iteration 2" in said.out
+
+
+@pytest.mark.parametrize("iteration", [0, 3, 5, 10**6, 2**31 - 1])
+def test_an_iteration_that_is_not_that_of_the_name_is_passed_over(iteration, two, monkeypatch, capsys):
+    folder, content = two
+    good = load_checkpoint(folder / "glow_model_2.pt")
+    by_name = {"glow_model_4.pt": {**content, "iteration": iteration}, "glow_model_2.pt": good}
+    monkeypatch.setattr(ckpt, "load_checkpoint", lambda path: by_name[path.name])
+    assert starting_point(folder).iteration == ckpt.newest_checkpoint(folder).iteration == 2
+    assert capsys.readouterr().err.count(f"says iteration {iteration}, its name 4") == 2
+
+
+def test_sizes_without_end_are_refused_before_they_are_built(two, monkeypatch, capsys):
+    folder, content = two
+    huge = {**content, "config": {**content["config"], "hidden_channels": 2**14, "K": 2**10}}
+    by_name = {"glow_model_4.pt": huge, "glow_model_2.pt": load_checkpoint(folder / "glow_model_2.pt")}
+    monkeypatch.setattr(ckpt, "load_checkpoint", lambda path: by_name[path.name])
+    assert starting_point(folder).iteration == 2
+    assert "lower hidden_channels, K or the images' size" in capsys.readouterr().err
 
 
 # --- memory and time --------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 import copy
 import math
 import os
+import shutil
 
 import pytest
 import torch
 
 import checkpoint as ckpt
 from config import load_config
+from harness import terminal
 from harness.checkpoints import save_whole
 from harness.errors import InputError
 from image_density_experiments import checkpoint as image_ckpt
@@ -17,6 +19,7 @@ from tests.support.experiments import run
 from tests.support.image_runs import run as run_images
 from tests.support.image_runs import write_images
 from training.resuming import check_resumable
+from vocoder import find_checkpoint
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 NO_NUMBERS = [None, "1", [], {}, True, torch.zeros(2), 1j]
@@ -30,8 +33,21 @@ def no_moments(moment, squared):
     return [
         None, 0.0, {}, moment[:0], moment.flatten().unsqueeze(0).unsqueeze(0).unsqueeze(0), moment.double() + 1e300,
         moment.to(torch.complex64), moment.to(torch.int64), moment.bool(),
-        *(moment + value for value in NOT_FINITE), *negative,
+        *(moment + value for value in NOT_FINITE), *negative, *([] if squared else [moment + 1e20, moment - 1e30]),
     ]  # fmt: skip
+
+
+def count_damages(content, most):
+    """Counts of steps that do not agree with one another, or are more than `most`; None: nobody knows how many."""
+    state = content["optimizer"]["state"]
+    for wrong in (0.0, 1.0, 100_000.0, 2.0**24):
+        for number in (min(state), max(state)):
+            yield ("optimizer", "state", number, "step"), torch.tensor(wrong)
+    alike = [] if most is None else [most + 1, most + 100, 10**6, 2**31 - 1]
+    for wrong in alike:
+        yield ("optimizer", "state"), {n: {**values, "step": torch.tensor(float(wrong))} for n, values in state.items()}
+    for left_out in (min(state), max(state)):
+        yield ("optimizer", "state"), {n: values for n, values in state.items() if n != left_out}
 
 
 def damages(content, squared):
@@ -50,7 +66,9 @@ def damages(content, squared):
     group = ("optimizer", "param_groups", 0)
     for name in ("lr", "eps", "weight_decay"):
         yield from (((*group, name), wrong) for wrong in [*NO_NUMBERS, *NOT_FINITE, -1e-3, 1e30, 10**400])
+    yield from (((*group, "eps"), wrong) for wrong in (0, 0.0, 5e-324, 1e-300, 1e-40, 2.0))
     wrong_betas = [3, None, [0.9], (0.9, 1.0), (-0.1, 0.9), (0.9, 2.0), (math.nan, 0.9), ("a", "b"), (0.9, 0.9, 0.9)]
+    wrong_betas += [(1 - 1e-9, 0.999), (0.9, 1 - 1e-12)]
     yield from (((*group, "betas"), wrong) for wrong in wrong_betas)
     for name in ("bad_steps", *(["epoch_steps"] if "epoch_steps" in content["training_state"] else [])):
         yield from ((("training_state", name), wrong) for wrong in [*NO_COUNTS, 10**6])
@@ -80,6 +98,8 @@ def schedule_damages(content):
     for name in ("last_epoch", "step_size", "_step_count"):
         yield from ((("scheduler", name), wrong) for wrong in NO_COUNTS)
     yield ("scheduler", "last_epoch"), 0  # it would begin again
+    for wrong in (content["iteration"] + 1, 10**6, 2**31 - 2):
+        yield ("scheduler",), {**content["scheduler"], "last_epoch": wrong, "_step_count": wrong + 1}
     yield ("scheduler", "step_size"), 0
     yield from ((("scheduler", "gamma"), wrong) for wrong in [*NO_NUMBERS, *NOT_FINITE, -0.5, 1e300])
     yield from ((("scheduler", "base_lrs"), wrong) for wrong in [*NO_CONTAINERS, [], [1, 2], [math.nan], [-1], ["x"]])
@@ -127,6 +147,7 @@ def test_no_damage_to_a_vocoders_state_passes(vocoder, tmp_path, monkeypatch):
 
     check(content)
     cases = [*damages(content, "exp_avg_sq"), *schedule_damages(content), *average_damages(content)]
+    cases += count_damages(content, content["iteration"] + 1)  # published files count from 0
     for place, value in cases:
         refused(content, place, value, check)
     print(f"{len(cases)} damages")
@@ -150,7 +171,7 @@ def test_no_damage_to_an_image_models_state_passes(images):
         check_usable(image_ckpt.told_apart(folder / "glow_model_6.pt", content))
 
     check(content)
-    cases = [*damages(content, "exp_inf")]
+    cases = [*damages(content, "exp_inf"), *count_damages(content, None)]
     indices = next((name for name in content["model"] if name.endswith("indices")), None)
     if indices:
         cases += [
@@ -195,7 +216,38 @@ def lose_a_name(content):
     content["ema"][5] = torch.zeros(3)
 
 
+def say_no_iteration(content):
+    content["iteration"] = 0
+
+
+def say_another_iteration(content):
+    content["iteration"] = 10**6
+
+
+def say_the_last_iteration(content):
+    content["iteration"] = 2**31 - 1
+
+
+def say_the_iteration_before(content):
+    content["iteration"] -= 1
+
+
+def lose_eps(content):
+    content["optimizer"]["param_groups"][0]["eps"] = 0.0
+
+
+def count_otherwise(content):
+    content["optimizer"]["state"][0]["step"] = torch.tensor(1e5)
+
+
+def exaggerate_the_mean(content):
+    content["optimizer"]["state"][0]["exp_avg"] += 1e30
+
+
+ITERATIONS = (say_no_iteration, say_another_iteration, say_the_last_iteration, say_the_iteration_before)
+BELIEVED = (lose_eps, count_otherwise, exaggerate_the_mean)
 SPOILT = (spoil_weights, make_complex, lose_the_optimizer, empty_the_optimizer, make_another_model)
+SPOILT += (*ITERATIONS, *BELIEVED)
 SPOILT_AVERAGE = (make_whole, lose_a_name)
 
 
@@ -227,6 +279,24 @@ def test_the_newest_that_can_be_used_is_taken_whatever_the_later_ones_are(what, 
     in_its_place(own / "waveflow_1", "empty")
     with pytest.raises(InputError, match=r"none of its 2 checkpoint\(s\) can be used; checkpoint .*waveflow_2: "):
         ckpt.starting_point(config, ckpt.Start(resume=True), check_resumable)
+
+
+@pytest.mark.parametrize("what", ITERATIONS)
+def test_jobs_that_only_read_pass_over_another_iteration_too(what, vocoder, tmp_path, capsys):
+    path, folder = vocoder
+    own = tmp_path / "runs" / "tiny"
+    shutil.copytree(folder, own)
+    in_its_place(own / "waveflow_2", what)
+    assert find_checkpoint(own, terminal.warn).iteration == 1
+    config = load_config(path, [f"train_config.output_directory={tmp_path / 'runs'}"])
+    assert ckpt.newest_whole(config).iteration == 1
+    said = capsys.readouterr().err
+    assert said.count("waveflow_2: says iteration ") == 2 and said.count("its name 2") == 2
+    for average in (lambda: ckpt.average_checkpoints([own / "waveflow_1", own / "waveflow_2"]),
+                    lambda: ckpt.starting_point(config, ckpt.Start(average=2))):  # fmt: skip
+        with pytest.raises(InputError, match=r"waveflow_2: says iteration .*, its name 2"):
+            average()
+    ckpt.read_checkpoint(own / "waveflow_2")  # named by itself, it may be called anything
 
 
 @pytest.mark.parametrize("what", [*SPOILT[:2], *SPOILT[3:], "pipe", "folder"])

@@ -117,6 +117,40 @@ def test_a_skipped_step_counts_in_the_schedule_and_leaves_the_weights(config, tm
     assert (trainer.iteration, rates) == (3, [0.8, 0.8, 0.4])
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["model", "average"])
+def test_weights_or_averages_that_are_not_finite_are_named(where, wrong, config, tmp_path):
+    trainer = make_trainer(config, tmp_path, ema_decay=0.9)
+    assert trainer.spoilt() is None
+    spoilt = trainer.model if where == "model" else trainer.average.module
+    name, parameter = list(spoilt.named_parameters())[-1]
+    with torch.no_grad():
+        parameter.view(-1)[-1] = wrong
+    assert trainer.spoilt() == name
+
+
+@pytest.mark.parametrize("last", [3, 4])
+def test_a_run_that_diverges_ends_with_the_good_checkpoint_as_its_newest(last, config, tmp_path, capsys, monkeypatch):
+    """The step whose update spoils the weights has a finite loss; at its end, or one later, comes the checkpoint."""
+    keep = {"train_config__keep_checkpoints": 1, "train_config__iters_per_checkpoint": 2}
+    path, folder, step = config(**keep), tmp_path / "runs" / "tiny", Trainer.step
+
+    def spoiling(trainer, *batch):
+        result = step(trainer, *batch)
+        if trainer.iteration == 3:
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(Trainer, "step", spoiling)
+    assert run("-c", path, "--max_iterations", last) == 1
+    said = capsys.readouterr().err
+    assert f"iteration {last}: " in said and "is not finite, the run has diverged and this checkpoint was not" in said
+    assert [found.name for found in ckpt.list_checkpoints(folder)] == ["waveflow_2"]
+    monkeypatch.undo()
+    assert run("-c", path, "--resume", "latest", "--max_iterations", last) == 0
+
+
 def test_warm_up_is_resumed(config, tmp_path):
     path = config(train_config__warmup_steps=4)
     assert run("-c", path, "--max_iterations", 2) == 0
