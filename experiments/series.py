@@ -22,7 +22,7 @@ from harness.stopping import SharedStop, StopRequest, leave_signals_to_the_main_
 
 
 class Outcome(NamedTuple):
-    """What came of a run: its row, or None after a stop; whether its last checkpoint could be saved."""
+    """Outcome of a run: its row, or None after a stop; whether its last checkpoint could be saved."""
 
     result: Result | None
     saved: bool = True

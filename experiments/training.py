@@ -68,14 +68,14 @@ class RunTrainer(Learner):
             subject.model.initialise(*first_batch(self.loader), config.train_config.crop_context)
         self.begin(self.iteration, average, self._annealing)
         limit = config.train_config.max_bad_steps
-        self.bad_steps = BadSteps(limit, self.files_of, REMEDIES.bad_steps, bad_before)
+        self.bad_steps = BadSteps(limit, self.files_of, lambda: REMEDIES.bad_steps, bad_before)
 
     def _annealing(self, done: int) -> float:
         return 0.5 + 0.5 * math.cos(math.pi * done / self.run.steps) if self.run.setting.cosine else 1.0
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done."""
+        """Tell whether the last step is done."""
         return self.iteration >= self.run.steps
 
     @property

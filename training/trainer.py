@@ -63,7 +63,7 @@ class Trainer(Learner):
         scheduled, bad_before = self._restore(start) if resumed else (0, 0)
         self.begin(scheduled, start.average if resumed else None)
         self.mel_statistics = self._mel_statistics(None if warm else start)
-        self.bad_steps = BadSteps(train.max_bad_steps, self.files_of, REMEDIES.bad_steps, bad_before)
+        self.bad_steps = BadSteps(train.max_bad_steps, self.files_of, lambda: REMEDIES.bad_steps, bad_before)
 
     def _mel_statistics(self, start: ckpt.Checkpoint | None) -> dict[str, Any] | None:
         """Statistics of the training mels: of a run that goes on, its own."""

@@ -120,7 +120,7 @@ def test_apex_steps_as_plain_training_does_where_nothing_is_scaled(monkeypatch):
     expected = step(precision, FlowLoss()(plain(audio, mel)))
 
     half = ApexAmp(model, torch.optim.Adam(model.parameters(), lr=1e-3), max_grad_norm=5.0)
-    norm = half.step(FlowLoss()(model(audio, mel)))
+    norm = step(half, FlowLoss()(model(audio, mel)))
     torch.testing.assert_close(norm, expected)
     assert calls == [{"opt_level": "O1", "verbosity": 0}, "scale_loss"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
