@@ -24,14 +24,16 @@ from experiments.claims import ORDER, Claim
 from experiments.curve import curve_of_logs, run_curve
 from experiments.floor import measure_floors
 from experiments.page import write_page
-from experiments.runs import RESULTS, WORK, read_results, run_all
+from experiments.runs import RESULTS, WORK, read_results
+from experiments.series import run_all
 from experiments.speak import say_scores, speak
 from experiments.tables import claim_table
+from experiments.training import GO_ON
 from harness import terminal
 from harness.arguments import Help, Parser, add_general, number, whole_number
 from harness.errors import InputError
 from harness.folder import locked_run
-from harness.stopping import exit_status, leave
+from harness.stopping import SharedStop, exit_status, leave
 from synthesis.mel_matching import MAX_PASSES
 from vocoder import CONVERT, PRETRAINED, Vocoder, find_trained
 
@@ -88,27 +90,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_status(lambda: options.run(options), quiet=options.quiet)
 
 
-def _run_claim(claim: Claim, options: argparse.Namespace) -> None:
+def _run_claim(claim: Claim, options: argparse.Namespace) -> int:
     runs = claim.runs(options.data, range(1, options.seeds + 1), options.steps)
     if unknown := set(options.only or ()) - {setting.name for setting in claim.settings}:
         raise InputError(f"--only {min(unknown)!r}: expected one of {', '.join(s.name for s in claim.settings)}")
+    chosen = [run for run in runs if not options.only or run.setting.name in options.only]
     with locked_run(options.work):
-        run_all(
-            [run for run in runs if not options.only or run.setting.name in options.only],
-            options.results,
-            options.work,
-            options.jobs,
-        )
+        with SharedStop() as stop:
+            saved = run_all(chosen, stop, options.results, options.work, options.jobs)
+        if stop:
+            return stop.exit_status(saved, finished=False, resume=GO_ON)
         orders = sorted({run.config().waveflow_config.linear_prediction or ORDER for run in runs})
         measure_floors(options.data, tuple(orders), options.results)
     terminal.say(claim_table(claim, read_results(options.results), options.data.name, options.steps))
+    return 0
 
 
-def _curve(options: argparse.Namespace) -> None:
+def _curve(options: argparse.Namespace) -> int:
     if options.losses:
         curve_of_logs(options.data, options.losses)
-    else:
-        run_curve(options.data, options.seeds, options.steps, options.work)
+        return 0
+    with locked_run(options.work):
+        return run_curve(options.data, options.seeds, options.steps, options.work)
 
 
 def _speak(options: argparse.Namespace) -> None:

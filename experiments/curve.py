@@ -8,23 +8,31 @@ from pathlib import Path
 
 from config import Config, load_config
 from data import make_train_loader
-from experiments.runs import DEMO, ROOT, Run, Setting, Training, read_rows
+from experiments.runs import DEMO, ROOT, Run, Setting, read_rows
+from experiments.training import GO_ON, train
 from harness import terminal
 from harness.errors import InputError
+from harness.stopping import StopRequest
 from training.expected import CURVES, Corpus, write_curve
 
 SETTING = Setting("demo", ("train_config.fp16_run=false",), cosine=False)  # configs/demo.json as it is
 
 
-def run_curve(data: Path, seeds: int, steps: int, work: Path) -> None:
-    """Train the demo's config on the corpus of a folder with seeds 1 to `seeds`, and write its curve."""
+def run_curve(data: Path, seeds: int, steps: int, work: Path) -> int:
+    """Train the demo's config on the corpus of a folder with seeds 1 to `seeds`, and write its curve.
+
+    Returns the exit status, which is that of a stop where there was one.
+    """
     losses = []
-    for seed in range(1, seeds + 1):
-        run = Run(SETTING, data, seed, steps)
-        training = Training(run, run.config(), work / run.folder)
-        training.go_on()
-        losses.append(training.losses)
+    with StopRequest() as stop:
+        for seed in range(1, seeds + 1):
+            run = Run(SETTING, data, seed, steps)
+            trainer, saved = train(run, work / run.folder, stop)
+            if not trainer.finished:
+                return stop.exit_status(saved, finished=False, resume=GO_ON)
+            losses.append(trainer.losses)
     _write(data, run.config(), losses, f"python -m experiments curve --data DIR --seeds {seeds} --steps {steps}")
+    return 0
 
 
 def curve_of_logs(data: Path, logs: Sequence[Path]) -> None:

@@ -18,6 +18,7 @@ from evaluation.distance import intelligibility, log_mel_distance
 from experiments.variants import Subject
 from fast.engine import SynthesisEngine
 from fast.estimators import Execution
+from harness.stopping import safe_point
 from model import FlowVocoder, count_parameters
 
 TEMPERATURES = (0.6, 0.8, 1.0)
@@ -72,8 +73,9 @@ def clip_log_likelihoods(subject: Subject, config: Config) -> list[float]:
     clips = ClipDataset(read_file_list(config.data_config.test_files), config.data_config)
     results = []
     for _, audio, mel in (clips[index] for index in range(min(len(clips), LL_CLIPS))):
+        safe_point()
         with torch.autocast("cpu", torch.bfloat16, enabled=config.train_config.fp16_run):
-            outputs = subject.noise_of(audio[None], mel[None])
+            outputs = subject(audio[None], mel[None])
         results.append(subject.log_likelihood(outputs).item() / len(audio))
     return results
 
@@ -98,6 +100,7 @@ def speech_of(synthesize: Synthesis, config: Config) -> Speech:
     for temp in TEMPERATURES:
         scores = []
         for number, recording in enumerate(recordings):
+            safe_point()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(number)
                 audio = synthesize(mel_fn(recording), temp).clamp(-1, 1)

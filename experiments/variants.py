@@ -295,16 +295,20 @@ class Subject(nn.Module):
     def execution(self, execution: Execution) -> None:
         self.model.execution = execution
 
-    def noise_of(self, audio: Tensor, mel: Tensor, context: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(self, audio: Tensor, mel: Tensor, context: int = 0) -> tuple[Tensor, Tensor]:
         """`FlowVocoder.forward`; in training with dither, uniform noise as wide as a step of the audio."""
         if self.training and self.dither:
             audio = audio + self.dither * (torch.rand_like(audio) - 0.5)
         return self.model(audio, mel, context)
 
     def log_likelihood(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
-        """Nats [B] of what `noise_of` gave."""
+        """Nats [B] of what `forward` gave."""
         z, log_det = outputs
         return self.prior.log_density(z) + log_det
+
+    def loss(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
+        """Negative log-likelihood in nats per sample, as `modules.FlowLoss`, under the density of this noise."""
+        return -self.log_likelihood(outputs).sum() / outputs[0].numel()
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ class BadSteps:
     """Judge of the results of steps: reports each whose loss or gradient was not finite, and ends a run of them.
 
     batch: the names of what was in a step's batch, by the step's number from 0; the data order is a function of it, so
-    they are looked up only when needed. remedy: what the user can do about many bad steps. in_a_row: bad steps just
-    before the first one judged.
+    they are looked up only when needed. remedy: what the user can do about many bad steps, as things stand then.
+    in_a_row: bad steps just before the first one judged.
     """
 
-    def __init__(self, limit: int, batch: Callable[[int], Sequence[str]], remedy: str, in_a_row: int = 0) -> None:
+    def __init__(
+        self, limit: int, batch: Callable[[int], Sequence[str]], remedy: Callable[[], str], in_a_row: int = 0
+    ) -> None:
         self.limit, self.batch, self.remedy, self.in_a_row = limit, batch, remedy, in_a_row
 
     def judge(self, iteration: int, loss: float, norm: float) -> bool:
@@ -41,7 +43,7 @@ class BadSteps:
             names = dict.fromkeys(name for step in steps for name in self.batch(step))
             raise InputError(
                 f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, up to iteration "
-                f"{iteration}; {self.remedy}. "
+                f"{iteration}; {self.remedy()}. "
                 f"Their batches: {_shown(list(names))}"
             )
         return False

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -249,6 +249,27 @@ class StopRequest:
             return None
         finally:
             _stoppable = before
+
+
+class SharedStop(StopRequest):
+    """A StopRequest that the processes of a pool see too.
+
+    `shared` goes to them with the arguments of the pool's initializer, and makes the same of it there, which they ask
+    and do not enter.
+    """
+
+    def __init__(self, shared: Any = None) -> None:
+        self.shared = multiprocessing.RawValue("i", 0) if shared is None else shared  # no lock that a process dies with
+        super().__init__()
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that came."""
+        return self.shared.value or None
+
+    @signal.setter
+    def signal(self, number: int | None) -> None:
+        self.shared.value = number or 0
 
 
 def _end_now() -> None:

@@ -72,9 +72,8 @@ class Trainer:
         self.iteration, self._bits, self._good_steps = 0, 0.0, 0  # of this epoch: the sum over its good steps
         self.batches_per_epoch = max(1, len(data.train.images) // options.batch_size)
         bad_before = 0 if start is None else self._restore(start)
-        has_checkpoint = start is not None or bool(ckpt.list_checkpoints(folder))
-        remedy = ckpt.REMEDIES.bad_steps if has_checkpoint else ckpt.NOTHING_SAVED
-        self.bad_steps = BadSteps(MAX_BAD_STEPS, self._images_of, remedy, bad_before)
+        self._begins_anew = start is None
+        self.bad_steps = BadSteps(MAX_BAD_STEPS, self._images_of, self._remedy, bad_before)
         self.loader = self._make_loader(self.iteration, options.n_workers, (rank(), world_size()))
         if start is None:
             self._initialise()
@@ -90,6 +89,11 @@ class Trainer:
         files = getattr(self.data.train.images, "files", None)
         indices = [index for _, index in self.loader.batch_sampler.batch(step)]
         return [f"image {index}" if files is None else str(files[index]) for index in indices]
+
+    def _remedy(self) -> str:
+        """What can be done about many bad steps: by whether there is a checkpoint to go back to."""
+        nothing = self._begins_anew and not ckpt.list_checkpoints(self.folder)
+        return ckpt.NOTHING_SAVED if nothing else ckpt.REMEDIES.bad_steps
 
     def _restore(self, start: ckpt.Checkpoint) -> int:
         """Go on where a checkpoint was written; returns the bad steps just before it."""
@@ -230,7 +234,6 @@ class Trainer:
                 **random_state(self.device),
             },
         )
-        self.bad_steps.remedy = ckpt.REMEDIES.bad_steps
         return path
 
     def prune(self, newest: Path) -> None:

@@ -231,13 +231,18 @@ def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(config, tmp_path, c
     assert ckpt.list_checkpoints(tmp_path / "runs" / "tiny") == []
 
 
+def heed_hang_ups():
+    """Undo what nohup, under which these tests may run, would have a command inherit."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_finish_the_step_and_save(config, tmp_path, number):
     path = config(train_config__iters_per_checkpoint=100_000, train_config__num_workers=1)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, ROOT / "train.py", "-c", path], cwd=ROOT, env=environment,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+                               start_new_session=True, preexec_fn=heed_hang_ups)  # fmt: skip
     table = tmp_path / "runs" / "tiny" / "losses.csv"
     for _ in range(600):
         if table.exists() and len(table.read_text().splitlines()) > 3:

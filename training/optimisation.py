@@ -1,6 +1,6 @@
 """Learning rate of each step, and a moving average of the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,14 +24,24 @@ def rate_factor(config: TrainConfig, steps: int) -> float:
     )
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int = 0) -> LambdaLR:
-    """The schedule of `rate_factor` after so many steps.
+def constant(_: int) -> float:
+    """A factor that changes nothing."""
+    return 1.0
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    steps: int = 0,
+    annealing: Callable[[int], float] = constant,
+) -> LambdaLR:
+    """The schedule of `rate_factor` after so many steps; annealing: a further factor for the step after so many.
 
     It is a function of the config and the number of steps, so a resumed run follows the config it is given.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = config.learning_rate
-    return LambdaLR(optimizer, lambda done: rate_factor(config, done), last_epoch=steps - 1)
+    return LambdaLR(optimizer, lambda done: rate_factor(config, done) * annealing(done), last_epoch=steps - 1)
 
 
 def schedule_state(schedule: LambdaLR, config: TrainConfig) -> dict[str, Any]:

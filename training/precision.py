@@ -17,8 +17,8 @@ from harness.errors import InputError
 class Precision:
     """Full precision; the base of the half-precision kinds.
 
-    Usage: `with precision.autocast(): loss = ...`, then `norm = precision.step(loss)`; or `backward` for each part of
-    a batch and `update` with the loss of the whole.
+    Usage: `with precision.autocast(): loss = ...`, `precision.backward(loss)` for each part of a batch, then
+    `norm = precision.update(loss)` with the loss of the whole.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
@@ -31,11 +31,6 @@ class Precision:
     def full(self) -> AbstractContextManager:
         """The context of evaluation and sampling, in full precision."""
         return nullcontext()
-
-    def step(self, loss: Tensor) -> Tensor:
-        """`backward` and `update` in one."""
-        self.backward(loss)
-        return self.update(loss)
 
     def backward(self, loss: Tensor, first: bool = True, last: bool = True) -> None:
         """Gradients of a batch, or of the first to the last of its parts, which add up."""

@@ -8,20 +8,19 @@ import pytest
 import torch
 
 from experiments.curve import curve_of_logs
-from experiments.runs import Run, Training, read_results
+from experiments.runs import Run, read_results
+from experiments.training import train
 from harness.errors import InputError
+from harness.stopping import StopRequest
 from tests.experiments.test_runs import data, small  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
 def saved(data, tmp_path_factory):  # noqa: F811
-    """A run of two of its three steps, and what its checkpoint holds."""
+    """A run of three steps, and what its checkpoint holds."""
     folder, run = tmp_path_factory.mktemp("run"), Run(small("tiny", train__ema_decay=0.9), data, 1, 3)
-    training = Training(run, run.config(), folder)
-    for step, batch in zip(range(2), [(torch.rand(2, 4096), torch.rand(2, 80, 17))] * 2, strict=True):
-        training.losses.append(training._step(step, *batch)[0])
-    training._save()
-    return training, torch.load(folder / "state.pt", weights_only=True)
+    trainer, _ = train(run, folder, StopRequest())
+    return trainer, torch.load(folder / "state.pt", weights_only=True)
 
 
 def damages(content):
@@ -35,6 +34,7 @@ def damages(content):
         yield from (((name, odd), value) for odd in (5, "odd"))
     yield from ((("losses",), wrong) for wrong in (None, [], [1], ["x"], [0.5] * 4, torch.zeros(2), {}))
     yield from ((("seconds",), wrong) for wrong in (None, [], [1.0], [-1.0, 1.0], [1.0, math.nan], ["x", 1.0], 3))
+    yield from ((("bad_steps",), wrong) for wrong in (None, -1, 4, 0.5, "x"))
     yield from ((("random",), wrong) for wrong in (None, 3, [], {"random_state": torch.zeros(3)}))
     yield from ((("optimizer",), wrong) for wrong in (None, 3, {}, {"state": {}, "param_groups": []}))
     yield ("optimizer", "param_groups", 0, "lr"), math.nan
@@ -48,8 +48,8 @@ def damages(content):
 
 
 def test_no_damage_to_a_run_under_way_passes(saved):
-    training, content = saved
-    training._restore(copy.deepcopy(content))
+    trainer, content = saved
+    trainer._restore(copy.deepcopy(content))
     wrong = list(damages(copy.deepcopy(content)))
     assert len(wrong) > 50
     for place, value in wrong:
@@ -59,10 +59,10 @@ def test_no_damage_to_a_run_under_way_passes(saved):
             inner = inner[key]
         inner[place[-1]] = value
         with pytest.raises(InputError, match=r"remove .*state\.pt, and the run begins anew"):
-            training._restore(damaged)
+            trainer._restore(damaged)
     for other in ({}, [1, 2], None, {name: content[name] for name in content if name != "seconds"}):
         with pytest.raises(InputError, match="remove"):
-            training._restore(other)
+            trainer._restore(other)
 
 
 @pytest.mark.parametrize("layout", ["stride 0", "one of the other", "one step for all"])

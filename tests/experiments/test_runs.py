@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from experiments import __main__ as experiments
-from experiments import beyond, early, ordering, runs
+from experiments import beyond, early, ordering, series
 from experiments.claims import Claim, change
 from experiments.floor import floor_result, measure_floors, setting_of
 from experiments.page import readme_sections, sections, write_page
-from experiments.runs import RESULTS, Result, Run, Training, add_result, read_results, run_all
+from experiments.runs import RESULTS, Result, Run, add_result, read_results
+from experiments.series import run_all
 from experiments.tables import PAGE, README, claim_table, difference, estimate, rewritten
+from experiments.training import RunTrainer
+from harness.stopping import SharedStop
 from tests.support.experiments import write_corpus
 
 SMALL = {"res_channels": 4, "n_layer": 2, "n_flow": 2, "size_flow_embed": 3, "train__fp16_run": False}
@@ -45,57 +48,39 @@ def table_of(*rows):
 
 def test_a_finished_run_is_a_row_and_not_run_again(data, tmp_path, monkeypatch, capsys):
     results, plan = tmp_path / "runs.csv", [Run(small("tiny", linear_prediction=4), data, 1, 3)]
-    run_all(plan, results, tmp_path / "work")
+    assert run_all(plan, SharedStop(), results, tmp_path / "work")
     [result] = read_results(results).values()
     assert result.key == plan[0].key and math.isfinite(result.test_ll) and math.isfinite(result.log_mel)
     assert result.order == 4 and result.ll_clips == result.synthesis_clips == 2
     losses = (tmp_path / "work" / plan[0].folder / "losses.csv").read_text().splitlines()
     assert len(losses) == 4
-    monkeypatch.setattr(runs, "run_one", None)  # a second run would fail
+    monkeypatch.setattr(series, "run_one", None)  # a second run would fail
     renamed = replace(plan[0], setting=replace(plan[0].setting, name="of another claim"))
-    run_all([renamed], results, tmp_path / "work")
+    assert run_all([renamed], SharedStop(), results, tmp_path / "work")
     assert "1 of 1 runs are in" in capsys.readouterr().out
-
-
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "SAVE_EVERY", 2)
-    run = Run(small("tiny", linear_prediction=4, train__ema_decay=0.9), data, 1, 5)
-    whole = Training(run, run.config(), tmp_path / "whole")
-    whole.go_on()
-    interrupted = Training(run, run.config(), tmp_path / "interrupted")
-    step = interrupted._step
-    monkeypatch.setattr(interrupted, "_step", lambda number, *batch: step(number, *batch) if number < 3 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        interrupted.go_on()
-    resumed = Training(run, run.config(), tmp_path / "interrupted")
-    assert len(resumed.losses) == 2
-    resumed.go_on()
-    assert resumed.losses == whole.losses
-    for value, expected in zip(resumed.evaluated.parameters(), whole.evaluated.parameters(), strict=True):
-        assert torch.equal(value, expected)
 
 
 def test_half_precision_reaches_the_model(data, tmp_path):
     run = Run(small("half", train__fp16_run=True, linear_prediction=4), data, 1, 1)
-    half = Training(run, run.config(), tmp_path)
-    seen, forward = [], half.subject.model.forward
+    half = RunTrainer(run, tmp_path)
+    seen, forward = [], half.model.model.forward
 
     def noted(*batch):
-        seen.append(half.subject.model.execution.half)
+        seen.append(half.model.model.execution.half)
         return forward(*batch)
 
-    half.subject.model.forward = noted
-    half.go_on()
+    half.model.model.forward = noted
+    half.step(*next(iter(half.loader)))
     assert seen == [torch.bfloat16]
     assert half.evaluated.execution.half is None
 
 
 def test_runs_of_a_seed_are_paired(data):
     one, other = (Run(small(name, bipartize=name == "b"), data, 7, 2) for name in "ab")
-    first, second = (Training(run, run.config(), data / "unused") for run in (one, other))
-    for (name, value), expected in zip(first.subject.named_parameters(), second.subject.parameters(), strict=True):
+    first, second = (RunTrainer(run, data / "unused") for run in (one, other))
+    for (name, value), expected in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
         assert torch.equal(value, expected), name
-    batches = [next(iter(runs.make_train_loader(run.config()))) for run in (one, other)]
+    batches = [next(iter(trainer.loader)) for trainer in (first, second)]
     assert all(torch.equal(*pair) for pair in zip(*batches, strict=True))
 
 

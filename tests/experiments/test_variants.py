@@ -86,7 +86,7 @@ def test_the_fast_way_gives_the_numbers_of_the_plain_one(variant):
 @pytest.mark.parametrize("variant", NEW)
 def test_gradients_reach_all_that_is_new(variant):
     subject = subject_of(variant)
-    subject.log_likelihood(subject.noise_of(*speech())).sum().backward()
+    subject.log_likelihood(subject(*speech())).sum().backward()
     parameters = dict(subject.model.named_parameters())
     for name in NEW[variant]:
         assert parameters[name].grad.abs().sum() > 0, name
@@ -149,9 +149,9 @@ def test_dither_is_a_step_of_the_audio_wide_and_only_in_training():
             return audio, mel
 
     subject = Subject(Kept(), GaussianPrior(), VARIANTS["dither"].dither)
-    change = subject.noise_of(torch.zeros(1, 10_000), None)[0]
+    change = subject(torch.zeros(1, 10_000), None)[0]
     assert 0.45 * INT16_STEP < change.abs().max() <= 0.5 * INT16_STEP
-    assert subject.eval().noise_of(torch.zeros(1, 100), None)[0].abs().max() == 0
+    assert subject.eval()(torch.zeros(1, 100), None)[0].abs().max() == 0
 
 
 def test_a_subject_speaks_with_the_noise_of_its_prior():

@@ -12,7 +12,7 @@ NAN, INF = math.nan, math.inf
 
 
 def test_bad_steps_in_a_row_are_reported_and_then_end_the_run(capsys):
-    judge = BadSteps(3, lambda step: [f"clip{step}.wav", "shared.wav"], "use better clips")
+    judge = BadSteps(3, lambda step: [f"clip{step}.wav", "shared.wav"], lambda: "use better clips")
     assert judge.judge(1, 0.5, 1.0)
     assert not judge.judge(2, NAN, 1.0) and not judge.judge(3, 0.5, INF)
     assert judge.judge(4, 0.5, 1.0) and judge.in_a_row == 0
@@ -29,7 +29,7 @@ def test_bad_steps_in_a_row_are_reported_and_then_end_the_run(capsys):
 
 
 def test_bad_steps_of_before_a_resumption_count_and_long_lists_are_cut():
-    judge = BadSteps(3, lambda step: [f"{step}-{i}.wav" for i in range(20)], "", in_a_row=2)
+    judge = BadSteps(3, lambda step: [f"{step}-{i}.wav" for i in range(20)], str, in_a_row=2)
     with pytest.raises(InputError, match=r"3 steps in a row, up to iteration 9; .* and 44 more"):
         judge.judge(9, NAN, 1.0)
 

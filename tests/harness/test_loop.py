@@ -28,7 +28,7 @@ class Number:
         self.folder, self.bad = folder, bad
         self.device, self.iteration, self.learning_rate = torch.device("cpu"), 0, 0.1
         self.loader = ((number,) for number in itertools.count())
-        self.bad_steps = BadSteps(3, lambda step: [f"item {step}"], REMEDIES.bad_steps)
+        self.bad_steps = BadSteps(3, lambda step: [f"item {step}"], lambda: REMEDIES.bad_steps)
         self.saved, self.pruned, self.full, self.diverged = [], [], False, math.inf
 
     def step(self, _):

@@ -30,7 +30,8 @@ from tests.support.experiments import ROOT, log_all_to, losses, run, run_quietly
 FORK = multiprocessing.get_context("fork")
 
 
-def test_a_signal_is_noted_and_its_status_is_the_conventional_one(capsys):
+def test_a_signal_is_noted_and_its_status_is_the_conventional_one(capsys, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # though these tests run under nohup
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with StopRequest() as stop:
             assert not stop

@@ -22,6 +22,12 @@ def make(**settings):
     return model, optimizer, make_precision(TrainConfig(**settings), model, optimizer)
 
 
+def step(precision, loss):
+    """Gradients and update of a whole batch; returns the gradient norm."""
+    precision.backward(loss)
+    return precision.update(loss)
+
+
 def run(steps=3, **settings):
     model, _, precision = make(**settings)
     audio, mel = random_input(model)
@@ -30,7 +36,7 @@ def run(steps=3, **settings):
         with precision.autocast():
             outputs = model(audio, mel)
         loss = FlowLoss()(outputs)
-        precision.step(loss)
+        step(precision, loss)
         losses.append(loss.item())
     return losses
 
@@ -44,7 +50,7 @@ def test_bfloat16_training_stays_near_float32():
 
 def test_gradients_are_clipped_to_the_configured_norm():
     model, _, precision = make(max_grad_norm=0.1)
-    norm = precision.step(1000 * FlowLoss()(model(*random_input(model))))
+    norm = step(precision, 1000 * FlowLoss()(model(*random_input(model))))
     clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert norm > 1
     torch.testing.assert_close(clipped, torch.tensor(0.1))
@@ -111,10 +117,10 @@ def test_apex_steps_as_plain_training_does_where_nothing_is_scaled(monkeypatch):
     plain, _, precision = make()
     model = random_vocoder()
     audio, mel = random_input(model)
-    expected = precision.step(FlowLoss()(plain(audio, mel)))
+    expected = step(precision, FlowLoss()(plain(audio, mel)))
 
     half = ApexAmp(model, torch.optim.Adam(model.parameters(), lr=1e-3), max_grad_norm=5.0)
-    norm = half.step(FlowLoss()(model(audio, mel)))
+    norm = step(half, FlowLoss()(model(audio, mel)))
     torch.testing.assert_close(norm, expected)
     assert calls == [{"opt_level": "O1", "verbosity": 0}, "scale_loss"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
@@ -225,7 +231,7 @@ def test_a_step_that_is_not_finite_changes_nothing(fused, spoil):
     optimizer = torch.optim.Adam(model.parameters(), fused=fused)
     precision = Precision(model, optimizer, max_grad_norm=5.0)
     audio, mel = random_input(model)
-    precision.step(FlowLoss()(model(audio, mel)))
+    step(precision, FlowLoss()(model(audio, mel)))
     before = [p.clone() for p in model.parameters()]
     state = copy.deepcopy(optimizer.state_dict()["state"])
 
@@ -234,12 +240,12 @@ def test_a_step_that_is_not_finite_changes_nothing(fused, spoil):
         loss = loss + torch.tensor(float("inf"))  # whose gradient is finite
     else:
         handle = model.upsampler.convs[0].bias.register_hook(lambda gradient: gradient * float("nan"))
-    precision.step(loss)
+    step(precision, loss)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     for index, entries in optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, state[index][name]) for name, value in entries.items())
 
     if spoil == "gradient":
         handle.remove()
-    precision.step(FlowLoss()(model(audio, mel)))
+    step(precision, FlowLoss()(model(audio, mel)))
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

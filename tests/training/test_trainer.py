@@ -15,8 +15,9 @@ from harness.errors import InputError
 from modules import FlowLoss
 from tests.support.experiments import fails, losses, run
 from tests.support.vocoders import random_input, random_vocoder
+from training.learner import compile_errors_named
 from training.optimisation import MovingAverage, make_schedule, schedule_state
-from training.trainer import Trainer, compile_errors_named
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
