@@ -67,9 +67,11 @@ def struck(start, checkpoints, dice, longest, strike):
     """
     before, began = checkpoints()[:1], time.monotonic()
     process = FORK.Process(target=start)
-    handler = signal.signal(INT, signal.SIG_DFL)  # as harness.start has it: a fork of Python's own can lose Ctrl-C
+    # INT as harness.start has it: a fork of Python's own can lose Ctrl-C. HUP is ignored where this runs under nohup.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (INT, HUP)}
     process.start()
-    signal.signal(INT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     early = dice.random() < 0.2
     while not early and process.is_alive() and checkpoints()[:1] == before:
         assert time.monotonic() - began < PATIENCE, "no checkpoint appeared"
