@@ -162,7 +162,7 @@ class Loop(ABC):
         if spoilt := self.trained.spoilt():
             raise InputError(
                 f"iteration {self.trained.iteration}: {spoilt} is not finite, the run has diverged and this checkpoint "
-                f"was not written; {self.trained.bad_steps.remedy}"
+                f"was not written; {self.trained.bad_steps.remedy()}"
             )
 
     def _read_back(self) -> None:

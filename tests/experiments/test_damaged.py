@@ -3,13 +3,14 @@
 import copy
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from experiments.curve import curve_of_logs
 from experiments.runs import Run, read_results
-from experiments.training import train
+from experiments.training import RunLoop, RunTrainer, train
 from harness.errors import InputError
 from harness.stopping import StopRequest
 from tests.experiments.test_runs import data, small  # noqa: F401 (a fixture)
@@ -42,7 +43,7 @@ def damages(content):
     yield from ((("optimizer", "param_groups", 0, "eps"), wrong) for wrong in (0.0, 1e-300))
     state = content["optimizer"]["state"]
     yield from ((("optimizer", "state", number, "step"), torch.tensor(1.0)) for number in state)
-    for wrong in (3.0, 1e6):  # of two steps
+    for wrong in (4.0, 1e6):  # of three steps
         counted = {number: {**values, "step": torch.tensor(wrong)} for number, values in state.items()}
         yield ("optimizer", "state"), counted
 
@@ -84,17 +85,16 @@ def test_moments_of_any_layout_become_tensors_of_their_own(saved, layout):
     training._restore(copy.deepcopy(content))
 
 
-def test_spoilt_weights_do_not_take_the_place_of_good_ones(saved):
-    training, content = saved
-    before = (training.folder / "state.pt").read_bytes()
-    parameter = next(training.subject.parameters())
-    for wrong in (math.nan, math.inf):
-        with torch.no_grad():
-            parameter.flatten()[-1] = wrong
-        with pytest.raises(InputError, match=r"step 2: .* is not finite; this setting cannot be trained"):
-            training._save()
-        assert (training.folder / "state.pt").read_bytes() == before
-    training._restore(copy.deepcopy(content))
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_spoilt_weights_do_not_take_the_place_of_good_ones(saved, wrong):
+    trainer, _ = saved
+    before = (trainer.folder / "state.pt").read_bytes()
+    longer = RunTrainer(replace(trainer.run, steps=4), trainer.folder)
+    with torch.no_grad():
+        next(longer.model.parameters()).flatten()[-1] = wrong
+    with pytest.raises(InputError, match=r"iteration 4: .* is not finite, .*; this setting cannot be trained$"):
+        RunLoop(longer, StopRequest()).run()
+    assert (trainer.folder / "state.pt").read_bytes() == before
 
 
 TABLES = {
