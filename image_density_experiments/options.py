@@ -32,7 +32,6 @@ JOBS = ("evaluate", "sample", "interpolate", "ood", "fid")  # beside training, e
 TRAINING = "training"
 # What tells of a training, such as --epochs, may stay behind a job: the same command line again, and what to do.
 GOES_WITH = {
-    "max_iterations": (TRAINING,),
     "fresh": (TRAINING,),
     "saved_optimizer": (TRAINING,),
     "ood_dataroot": ("--ood",),

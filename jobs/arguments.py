@@ -11,14 +11,13 @@ TRAINING, EVALUATE, METRICS, SYNTHESIZE = "training", "--evaluate", "--evaluate 
 REPORT, CHECK = "--report", "--check_data"
 _MODELS = (TRAINING, EVALUATE, METRICS, SYNTHESIZE)  # jobs that begin with the weights of a checkpoint
 _SOUNDS = (METRICS, SYNTHESIZE)
+# How long to train may stay behind a job: the same command line again, and what to do.
 GOES_WITH = {
     "weights": _MODELS,
     "resume": _MODELS,
     "average_checkpoint": _MODELS,
     "epsilon": _MODELS,
     "warm_start": _MODELS,
-    "max_iterations": (TRAINING,),
-    "max_hours": (TRAINING,),
     "input": _SOUNDS,
     "temp": _SOUNDS,
     "seed": _SOUNDS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import training.trainer
+import training.learner
 from evaluation import likelihood
 from fast.cpu import CpuEngine
 from harness import devices, processes
@@ -74,7 +74,7 @@ def test_steps_and_nothing_else_are_of_one_shape(kind, config, tmp_path, monkeyp
         yield
         within.pop()
 
-    model, room = {"vocoder": (FlowVocoder, training.trainer), "images": (ImageFlow, image_trainer)}[kind]
+    model, room = {"vocoder": (FlowVocoder, training.learner), "images": (ImageFlow, image_trainer)}[kind]
     forward = model.forward
 
     def note(self, *arguments, **options):

@@ -21,8 +21,6 @@ VALUES = {
     "average_checkpoint": ["3"],
     "epsilon": ["0.1"],
     "warm_start": [],
-    "max_iterations": ["3"],
-    "max_hours": ["0.5"],
     "input": ["a.wav"],
     "temp": ["0.5"],
     "seed": ["0"],
@@ -36,6 +34,7 @@ VALUES = {
 }
 # What says which job, which config, or how the machine is used.
 EVERYWHERE = {"config", "set", "evaluate", "synthesize", "report", "check_data", "metrics", "device", "deterministic"}
+EVERYWHERE |= {"max_iterations", "max_hours"}
 
 
 def refusal(arguments, capsys):
