@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
-from signal import SIGTERM
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from experiments.runs import RESULTS, WORK, Result, Run, add_result, read_result
 from experiments.training import GO_ON, RunTrainer, train
 from harness import terminal
 from harness.pools import process_pool, signals_left_to_this_process
-from harness.stopping import SharedStop, StopRequest, leave_signals_to_the_main_process
+from harness.stopping import WISHES, SharedStop, StopRequest, leave_signals_to_the_main_process
 
 
 class Outcome(NamedTuple):
@@ -58,7 +57,7 @@ def _outcomes(runs: Sequence[Run], stop: SharedStop, work: Path, jobs: int) -> I
     threads = max(1, torch.get_num_threads() // jobs)
     died = f"the process of a run died, as when memory runs out; {GO_ON}, and fewer --jobs"
     with process_pool(jobs, died, "spawn", _begin, (threads, stop.shared)) as pool:  # what they did is in checkpoints
-        with signals_left_to_this_process(SIGTERM):
+        with signals_left_to_this_process(*WISHES):
             futures = [pool.submit(_run_in_pool, run, work) for run in runs]
         for future in as_completed(futures):
             yield future.result()

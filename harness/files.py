@@ -175,7 +175,9 @@ def _put_aside(path: Path) -> Path:
     kept = next(name for name in numbered if not os.path.lexists(name))
     try:
         os.link(path, kept, follow_symlinks=False)
-    except (OSError, NotImplementedError):
+    except FileExistsError:  # another process has just taken that name
+        return _put_aside(path)
+    except (OSError, NotImplementedError):  # a folder, or a file system without links
         os.replace(path, kept)
     return kept
 

@@ -26,10 +26,21 @@ def signals_left_to_this_process(*numbers: int) -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # or its start, within that of a process, would unblock them
+    _start_resource_tracker()  # or its start, within that of a process, would unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_resource_tracker() -> None:
+    """Begin Python's own process beside pools and workers; it leaves SIGINT and SIGTERM alone, but not a hang-up."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    try:
+        resource_tracker.ensure_running()  # which unblocks the other two
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -74,6 +85,7 @@ def process_pool(
 
     if_one_dies: what the InputError says then, with what to do.
     """
+    _start_resource_tracker()  # or the pool's locks would, in their own way
     with _Pool(n, multiprocessing.get_context(method), _begin, (initializer, *arguments)) as pool:
         try:
             yield pool

@@ -259,8 +259,10 @@ class SharedStop(StopRequest):
     """
 
     def __init__(self, shared: Any = None) -> None:
-        self.shared = multiprocessing.RawValue("i", 0) if shared is None else shared  # no lock that a process dies with
+        self.shared = multiprocessing.RawValue("i", 0)  # no lock that a process dies with
         super().__init__()
+        if shared is not None:  # not before: a wish that came already would be cleared
+            self.shared = shared
 
     @property
     def signal(self) -> int | None:

@@ -1,7 +1,7 @@
 """Arguments that users of Python give, as plain values: arrays, numbers, seeds, rates, paths.
 
-Any array, scalar or path object that means one is taken, whatever library made it; what does not is an InputError, and
-no word of numpy's or PyTorch's own.
+Arrays are numpy's and PyTorch's, of any layout; any scalar or path object that means one is taken. What does not is an
+InputError, and no word of numpy's or PyTorch's own.
 """
 
 import math
@@ -46,8 +46,9 @@ def _from_tensor(value: Tensor, name: str, what: str) -> Tensor:
     if value.dtype not in _FLOATS:
         raise _wrong_type(name, value.dtype, what)
     _check_size(name, value.numel())
+    plain = value.detach().resolve_neg().cpu().float()
     try:
-        return torch.from_numpy(value.detach().resolve_neg().cpu().float().numpy())
+        return torch.from_numpy(plain.numpy())
     except (RuntimeError, TypeError):  # of the many kinds that stand for a tensor only, as in torch.func.vmap
         raise InputError(f"{name}: a {type(value).__name__} that holds no numbers; give a plain tensor") from None
 

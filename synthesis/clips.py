@@ -1,7 +1,7 @@
 """Clips to be made, their sounds, and the treatment of these: what a vocoder is given and gives; batches of clips."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -55,15 +55,14 @@ PLAIN = Finish()
 
 
 def checked_clip(clip: object) -> Clip:
-    """A clip as it is; InputError where it is none, or not of such tensors as `Vocoder.clip` gives."""
+    """A clip with its tensors in float32; InputError where it is none, or not of such as `Vocoder.clip` gives."""
     parts = (clip.mel, clip.z) if isinstance(clip, Clip) else (None,)
     if any(not isinstance(part, Tensor) or part.dim() != 2 for part in parts) or parts[0].size(1) < 2:
         raise InputError(
             f"clip {show(clip)}: expected what Vocoder.clip gives: a mel [M, F] of at least 2 frames, noise [h, W]"
         )
-    for part, name in zip(parts, ("mel", "noise"), strict=True):
-        tensor_of(part, f"{name} of clip {clip.source}")
-    return clip
+    where = f"of clip {clip.source}"
+    return replace(clip, mel=tensor_of(clip.mel, f"mel {where}"), z=tensor_of(clip.z, f"noise {where}"))
 
 
 def in_batches(items: Iterable[Item], size: Callable[[Item], float], limit: float) -> Iterator[list[Item]]:

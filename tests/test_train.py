@@ -228,6 +228,7 @@ def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(config, tmp_path, c
     path = config(train_config__sigma=1e-25, train_config__max_bad_steps=3)  # z^2 over its square overflows
     message = fails(capsys, "-c", path, "--max_iterations", 8)
     assert "not finite in 3 steps in a row, up to iteration 3" in message and "clip0.wav" in message
+    assert "no checkpoint was written yet" in message and "intact" not in message
     assert ckpt.list_checkpoints(tmp_path / "runs" / "tiny") == []
 
 

@@ -3,6 +3,7 @@
 import math
 import pathlib
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -547,6 +548,25 @@ def test_files_are_read_by_paths_of_any_form(vocoder, tmp_path):
 def test_what_cannot_be_synthesized_is_refused(vocoder, name, value):
     given = {"clips": [vocoder.clip("it", MEL, 1.0, 0)], name: value}
     refused(lambda: list(vocoder.synthesize(**given)), name, "clip ", "mel of ", "noise of ", "z of ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("parts", [("mel",), ("z",), ("mel", "z")])
+def test_clips_of_other_floats_are_synthesized(vocoder, parts, dtype):
+    clip = vocoder.clip("it", MEL, 1.0, 0)
+    rounded = replace(clip, **{part: getattr(clip, part).to(dtype).float() for part in parts})
+    other = replace(clip, **{part: getattr(clip, part).to(dtype) for part in parts})
+    [[expected], [sound]] = (next(vocoder.synthesize([one])) for one in (rounded, other))
+    assert torch.equal(sound.audio, expected.audio)
+
+
+def test_lack_of_memory_is_called_that(vocoder, monkeypatch):
+    def lack(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "cpu", lack)
+    with pytest.raises(torch.OutOfMemoryError):
+        vocoder(MEL)
 
 
 def test_clips_before_a_wrong_one_are_synthesized(vocoder):

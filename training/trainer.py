@@ -24,6 +24,11 @@ from training.memory import check_memory
 from training.optimisation import schedule_state
 from training.resuming import PARTS, checked_state, load_optimizer
 
+NOTHING_SAVED = (
+    "no checkpoint was written yet: look at the files with --check_data, or start over with a lower "
+    "train_config.learning_rate"
+)
+
 
 class Trainer(Learner):
     """One training run: a model that learns, its place in the data, and its files.
@@ -42,6 +47,7 @@ class Trainer(Learner):
     ) -> None:
         self.folder = folder
         self.spared = () if start is None else start.sources
+        self._begins_anew = start is None
         train = config.train_config
         check_memory(config, device)
         prepare_training(device)
@@ -61,7 +67,12 @@ class Trainer(Learner):
         scheduled, bad_before = self._restore(start) if resumed else (0, 0)
         self.begin(scheduled, start.average if resumed else None)
         self.mel_statistics = self._mel_statistics(None if warm else start)
-        self.bad_steps = BadSteps(train.max_bad_steps, self.files_of, lambda: REMEDIES.bad_steps, bad_before)
+        self.bad_steps = BadSteps(train.max_bad_steps, self.files_of, self._remedy, bad_before)
+
+    def _remedy(self) -> str:
+        """What can be done about many bad steps: by whether there is a checkpoint to go back to."""
+        nothing = self._begins_anew and not ckpt.list_checkpoints(self.folder)
+        return NOTHING_SAVED if nothing else REMEDIES.bad_steps
 
     def _mel_statistics(self, start: ckpt.Checkpoint | None) -> dict[str, Any] | None:
         """Statistics of the training mels: of a run that goes on, its own."""

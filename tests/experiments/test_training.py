@@ -1,5 +1,6 @@
 """Training of runs: by the vocoder's own steps, gone on with exactly, stopped by signals; full disks, bad steps."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -210,15 +211,24 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number, jobs", [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2)], ids=str)
-def test_a_signal_finishes_the_step_and_saves(number, jobs, data, tmp_path):  # noqa: F811
-    """To all processes, as a terminal and a batch queue send it."""
+SIGNALS = [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2), (signal.SIGHUP, 1), (signal.SIGHUP, 2)]
+
+
+def started(data, tmp_path, jobs):  # noqa: F811
+    """The command, which heeds hang-ups even where these tests run under nohup."""
     (tmp_path / "command.py").write_text(COMMAND.format(small=SMALL))
     flags = {"--data": data, "--work": tmp_path / "work", "--results": tmp_path / "runs.csv", "--jobs": jobs}
     command = [sys.executable, tmp_path / "command.py", *(str(word) for flag in flags.items() for word in flag)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
+    default = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
+    return subprocess.Popen(command, start_new_session=True, env=environment, **pipes, **default)
+
+
+@pytest.mark.parametrize("number, jobs", SIGNALS, ids=str)
+def test_a_signal_finishes_the_step_and_saves(number, jobs, data, tmp_path):  # noqa: F811
+    """To all processes, as a terminal and a batch queue send it."""
+    process = started(data, tmp_path, jobs)
     try:
         until = time.monotonic() + 300
         while len(states := list((tmp_path / "work").glob("*/state.pt"))) < jobs:
@@ -231,3 +241,32 @@ def test_a_signal_finishes_the_step_and_saves(number, jobs, data, tmp_path):  # 
     assert process.returncode == 128 + number and errors == ""
     assert said.splitlines()[-1] == f"stopped by {number.name}; go on with the same command"
     assert len(states) == jobs and all(len(torch.load(path, weights_only=True)["losses"]) > 2 for path in states)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=str)
+@pytest.mark.parametrize("after", [0.0, 0.5, 2.0])
+def test_a_signal_while_the_processes_of_a_pool_start_stops_them(number, after, data, tmp_path):  # noqa: F811
+    """To all of them, at some time between their first appearance and their first step."""
+    process = started(data, tmp_path, jobs=2)
+    try:
+        until = time.monotonic() + 300
+        while spawned(process.pid) < 2:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(after)
+        os.killpg(process.pid, number)
+        said, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number and errors == ""
+    assert said.splitlines()[-1] == f"stopped by {number.name}; go on with the same command"
+
+
+def spawned(parent):
+    """Processes that Python's "spawn" began for this one."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    lines = []
+    for child in children:
+        with contextlib.suppress(OSError):
+            lines.append(Path(f"/proc/{child}/cmdline").read_bytes())
+    return sum(b"spawn_main" in line for line in lines)

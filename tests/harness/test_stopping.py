@@ -21,7 +21,7 @@ import train
 from harness import stopping as stopping_room
 from harness import terminal
 from harness.errors import InputError
-from harness.stopping import SAME_INTERRUPT, StopRequest, exit_status, safe_point, uninterrupted
+from harness.stopping import SAME_INTERRUPT, SharedStop, StopRequest, exit_status, safe_point, uninterrupted
 from jobs import files
 from jobs.report_runs import Run as ReportedRun
 from jobs.synthesis import encoded
@@ -42,6 +42,18 @@ def test_a_signal_is_noted_and_its_status_is_the_conventional_one(capsys, monkey
     said = capsys.readouterr()
     assert said.out == "stopped by SIGINT; go on\nstopped by SIGTERM; go on\nstopped by SIGHUP; go on\n"
     assert said.err == "error: the last checkpoint could not be saved; free some space, go on\n" * 3
+
+
+def test_a_process_of_a_pool_sees_a_wish_that_came_before_it_began():
+    with SharedStop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        there = SharedStop(stop.shared)  # as in such a process
+        assert stop.signal == there.signal == signal.SIGTERM and stop and there
+    later = SharedStop()
+    there = SharedStop(later.shared)
+    assert not there
+    later.signal = signal.SIGINT
+    assert there.signal == signal.SIGINT
 
 
 def test_a_hang_up_that_is_ignored_stays_so():
