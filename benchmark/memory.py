@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from harness.devices import resident_memory
-from harness.pools import process_pool
+from harness.pools import process_pool, results_of
 
 
 def peak_memory(device: torch.device, work: Callable[..., Any], *arguments: Any) -> int:
@@ -19,7 +19,7 @@ def peak_memory(device: torch.device, work: Callable[..., Any], *arguments: Any)
     """
     died = "the process that measures memory was ended, most likely for taking too much; choose smaller sizes"
     with process_pool(1, died, "spawn") as pool:
-        return pool.submit(_measure, device, work, arguments).result()
+        return next(results_of([pool.submit(_measure, device, work, arguments)]))
 
 
 def _measure(device: torch.device, work: Callable[..., Any], arguments: tuple[Any, ...]) -> int:

@@ -15,7 +15,7 @@ from harness import terminal
 from harness.downloads import damage_named
 from harness.errors import InputError
 from harness.files import read_text
-from harness.pools import process_pool
+from harness.pools import process_pool, results_of
 
 SAMPLING_RATE = 22_050  # Hz, what espeak-ng speaks at
 SENTENCES = Path(__file__).parents[1] / "configs" / "demo_sentences.txt"
@@ -74,7 +74,7 @@ def _is_finished(folder: Path, metadata: str, clips: Sequence[str]) -> bool:
 def _speak_clips(text: Sequence[str], clips: Sequence[str]) -> None:
     # In a process of its own: the C library gives the same samples again only from its first initialisation on.
     with process_pool(1, "espeak-ng crashed; reinstall the espeakng-loader package") as pool:
-        spoken = pool.submit(speak, text).result()
+        spoken = next(results_of([pool.submit(speak, text)]))
     noise = np.random.default_rng(0)
     for clip, samples in zip(clips, terminal.bar(spoken, desc="demo corpus", unit="clip"), strict=True):
         floor = noise.normal(0.0, NOISE_FLOOR, len(samples))

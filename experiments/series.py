@@ -5,7 +5,6 @@ run for.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from experiments.measures import Scores, measure
 from experiments.runs import RESULTS, WORK, Result, Run, add_result, read_results
 from experiments.training import GO_ON, RunTrainer, train
 from harness import terminal
-from harness.pools import process_pool, signals_left_to_this_process
+from harness.pools import process_pool, results_of, signals_left_to_this_process
 from harness.stopping import WISHES, SharedStop, StopRequest, leave_signals_to_the_main_process
 
 
@@ -58,9 +57,8 @@ def _outcomes(runs: Sequence[Run], stop: SharedStop, work: Path, jobs: int) -> I
     died = f"the process of a run died, as when memory runs out; {GO_ON}, and fewer --jobs"
     with process_pool(jobs, died, "spawn", _begin, (threads, stop.shared)) as pool:  # what they did is in checkpoints
         with signals_left_to_this_process(*WISHES):
-            futures = [pool.submit(_run_in_pool, run, work) for run in runs]
-        for future in as_completed(futures):
-            yield future.result()
+            tasks = [pool.submit(_run_in_pool, run, work) for run in runs]
+        yield from results_of(tasks)
 
 
 def run_one(run: Run, work: Path, stop: StopRequest) -> Outcome:

@@ -16,7 +16,6 @@ import torch
 
 from harness import terminal
 from harness.errors import InputError, reason
-from harness.pools import end_children
 
 INTERRUPTED = 130  # the status that shells give to a process which ended by SIGINT
 WISHES = tuple(  # to stop: of a person, of a batch queue, of a terminal or a connection that is gone
@@ -276,7 +275,9 @@ class SharedStop(StopRequest):
 
 def _end_now() -> None:
     """End this process and those that load its data, from within a signal handler: nothing else of ours runs."""
-    end_children()
+    for child in multiprocessing.active_children():
+        with suppress(OSError):
+            os.kill(child.pid, signal.SIGKILL)
     with suppress(OSError):
         os.write(2, b"\ninterrupted\n")
     os._exit(INTERRUPTED)

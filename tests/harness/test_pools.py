@@ -5,26 +5,28 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from harness.errors import InputError
-from harness.pools import MOST_THREADS, process_pool, signals_left_to_this_process, thread_pool
+from harness.pools import MOST_THREADS, process_pool, results_of, signals_left_to_this_process, thread_pool
 from tests.support.experiments import ROOT
 
 COMMAND = """
 import multiprocessing, os, sys, time
 import torch
-from harness.pools import process_pool
+from harness.pools import process_pool, results_of
 from harness.stopping import exit_status
 
 def job():
     with process_pool(2, "died", {method!r}) as pool:
         tasks = [pool.submit(time.sleep, 600) for _ in range(2)]
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-        [task.result() for task in tasks]
+        list(results_of(tasks))
 
 if __name__ == "__main__":
     sys.exit(exit_status(job))
@@ -52,6 +54,35 @@ def test_ctrl_c_at_a_terminal_ends_a_pool_in_one_word(tmp_path, method, seconds)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == "interrupted\n"
     assert not any(os.path.exists(f"/proc/{number}") for number in children)
+
+
+def test_a_signal_that_comes_as_a_wait_begins_is_heard():
+    """Its handler waits for Python's main thread, which waits: as where another thread of the system gets it."""
+    heard, ready = [], threading.Event()
+
+    def hears():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        ready.set()
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def note(*_):
+        heard.append(1)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, note)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt), process_pool(1, "died") as pool:
+            tasks = [pool.submit(time.sleep, 600)]
+            threading.Thread(target=hears, daemon=True).start()
+            assert ready.wait(60)
+            list(results_of(tasks))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGUSR1, before)
+    assert heard and time.monotonic() - began < 300
 
 
 @pytest.mark.parametrize("number, seconds", [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGKILL, 1)])
@@ -95,6 +126,34 @@ def test_a_pool_gives_results_and_an_exception_does_not_wait_for_it():
     assert time.monotonic() - began < 60
 
 
+def test_a_pool_that_ends_leaves_other_processes_alone():
+    """Those that load data would be found killed, by torch, at any later time."""
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    other.start()
+    try:
+        with pytest.raises(ZeroDivisionError), process_pool(1, "died") as pool:
+            pool.submit(time.sleep, 600)
+            raise ZeroDivisionError
+        other.join(1)
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
+
+
+def test_results_come_as_they_are_done():
+    with process_pool(2, "died") as pool:
+        slow = pool.submit(_later, 2.5, "slow")  # longer than a single wait
+        assert list(results_of([slow, *(pool.submit(_later, 0, n) for n in range(3))])) == [0, 1, 2, "slow"]
+        with pytest.raises(ZeroDivisionError):
+            list(results_of([pool.submit(divmod, 1, 0)]))
+
+
+def _later(seconds, what):
+    time.sleep(seconds)
+    return what
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="tells what a process blocks")
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_every_process_of_a_pool_leaves_ctrl_c_to_this_one_from_its_start(method):
@@ -124,10 +183,13 @@ def test_a_process_that_dies_is_said_in_one_line(method, number):
     _assert_ending(child.pid for child in children)
 
 
-def test_ctrl_c_with_a_tasks_lock_in_hand_ends_all_the_same():
+@pytest.mark.parametrize(
+    "begun, seconds", [(partial(process_pool, 1, "died"), 600), (thread_pool, 1)], ids=["processes", "threads"]
+)
+def test_ctrl_c_with_a_tasks_lock_in_hand_ends_all_the_same(begun, seconds):
     """It may come so late in the taking of it that nobody gives it back."""
-    with pytest.raises(KeyboardInterrupt), process_pool(1, "died") as pool:
-        tasks = [pool.submit(time.sleep, 600) for _ in range(3)]
+    with pytest.raises(KeyboardInterrupt), begun() as pool:
+        tasks = [pool.submit(time.sleep, seconds) for _ in range(3)]
         for task in tasks[:2]:
             task._condition.acquire()
         raise KeyboardInterrupt
@@ -155,10 +217,11 @@ def test_threads_leave_what_they_have_not_begun():
 
 def test_no_room_has_a_pool_of_its_own():
     own = ("ThreadPoolExecutor", "ProcessPoolExecutor", "BrokenProcessPool", "multiprocessing.Pool")
+    waits = ("as_completed", ".result(")  # for as long as a task takes
     rooms = [
         path for path in (*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")) if path.parent.name not in ("tests", "harness")
     ]
-    assert not [path for path in rooms if any(name in path.read_text(encoding="utf-8") for name in own)]
+    assert not [path for path in rooms if any(name in path.read_text(encoding="utf-8") for name in own + waits)]
 
 
 def test_signals_come_behind_the_context_and_not_to_those_begun_in_it():
