@@ -69,8 +69,15 @@ class _Pool(Executor):
         return future
 
     def map(self, work: Callable[..., Result], *columns: Iterable[Any]) -> Iterator[Result]:
-        tasks = deque(self.submit(work, *row) for row in zip(*columns, strict=False))
-        return (next(results_of([tasks.popleft()])) for _ in range(len(tasks)))
+        return self._in_order(deque(self.submit(work, *row) for row in zip(*columns, strict=False)))
+
+    def _in_order(self, tasks: deque[Future]) -> Iterator[Any]:
+        try:
+            while tasks:
+                yield from results_of([tasks.popleft()])
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def end(self) -> None:
         """Leave what is not begun, and wait for what is under way."""
@@ -96,6 +103,8 @@ class _Processes(_Pool, ProcessPoolExecutor):
         """Kill the processes, and wait for the thread that looks after them."""
         for process in list((self._processes or {}).values()):  # no others, such as those that load data
             process.kill()
+        if self._call_queue is not None:
+            self._call_queue.cancel_join_thread()  # no one will read what is still on the way to them
         super().end()
 
 
@@ -105,12 +114,16 @@ def _ended(pool: _Pool) -> Iterator[None]:
         yield
         for _ in _done(list(pool.given)):
             pass
-    except BaseException:
         with uninterrupted():
+            pool.shutdown()
+    except BaseException:
+        try:
+            with uninterrupted():
+                pool.end()
+        except KeyboardInterrupt:  # perhaps before it was held back; there is no second one
             pool.end()
+            raise
         raise
-    with uninterrupted():
-        pool.shutdown()
 
 
 @contextmanager

@@ -164,14 +164,14 @@ def uninterrupted() -> Iterator[None]:
 
     A second one ends the process all the same.
     """
-    if _interrupt is None:
+    if _interrupt is None or _interrupt.held or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before, _interrupt.held = _interrupt.held, True
+    _interrupt.held = True
     try:
         yield
     finally:
-        _interrupt.held = before
+        _interrupt.held = False
     safe_point()
 
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from harness import pools
 from harness.errors import InputError
 from harness.pools import MOST_THREADS, process_pool, results_of, signals_left_to_this_process, thread_pool
 from tests.support.experiments import ROOT
@@ -195,6 +197,45 @@ def test_ctrl_c_with_a_tasks_lock_in_hand_ends_all_the_same(begun, seconds):
             task._condition.acquire()
         raise KeyboardInterrupt
     assert all(task.done() for task in tasks)
+
+
+def test_ctrl_c_before_the_end_of_a_pool_holds_it_back_ends_it_all_the_same(monkeypatch):
+    """While a pool ends for another reason."""
+
+    @contextmanager
+    def late():
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt), process_pool(1, "died") as pool:
+        task = pool.submit(time.sleep, 600)
+        monkeypatch.setattr(pools, "uninterrupted", late)
+        raise ZeroDivisionError
+    assert task.done()
+
+
+def test_the_end_does_not_wait_for_what_nobody_will_read():
+    """A process begun beside the pool has its queue open, too."""
+    with pytest.raises(ZeroDivisionError), process_pool(1, "died", "fork") as pool:
+        pool.submit(time.sleep, 600)
+        other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        other.start()
+        for _ in range(3):
+            pool.submit(len, bytes(1_000_000))
+        time.sleep(0.5)  # the first of them fills the queue's pipe
+        raise ZeroDivisionError
+    assert other.is_alive()
+    other.kill()
+    other.join()
+
+
+@pytest.mark.parametrize("begun", [thread_pool, partial(process_pool, 1, "died")], ids=["threads", "processes"])
+def test_results_that_nobody_asks_for_are_not_worked_out(begun):
+    began = time.monotonic()
+    with begun() as pool:
+        for _ in pool.map(time.sleep, [0.1, *[1.0] * 600]):
+            break
+    assert time.monotonic() - began < 60
 
 
 def test_threads_leave_what_they_have_not_begun():
