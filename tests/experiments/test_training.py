@@ -230,16 +230,14 @@ def test_a_signal_finishes_the_step_and_saves(number, jobs, data, tmp_path):  # 
     """To all processes, as a terminal and a batch queue send it."""
     process = started(data, tmp_path, jobs)
     try:
-        until = time.monotonic() + 300
-        while len(states := list((tmp_path / "work").glob("*/state.pt"))) < jobs:
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.05)
+        wait_while(process, lambda: len(list((tmp_path / "work").glob("*/state.pt"))) < jobs)
         os.killpg(process.pid, number)
         said, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 128 + number and errors == ""
     assert said.splitlines()[-1] == f"stopped by {number.name}; go on with the same command"
+    states = list((tmp_path / "work").glob("*/state.pt"))
     assert len(states) == jobs and all(len(torch.load(path, weights_only=True)["losses"]) > 2 for path in states)
 
 
@@ -249,10 +247,7 @@ def test_a_signal_while_the_processes_of_a_pool_start_stops_them(number, after, 
     """To all of them, at some time between their first appearance and their first step."""
     process = started(data, tmp_path, jobs=2)
     try:
-        until = time.monotonic() + 300
-        while spawned(process.pid) < 2:
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.01)
+        wait_while(process, lambda: spawned(process.pid) < 2)
         time.sleep(after)
         os.killpg(process.pid, number)
         said, errors = process.communicate(timeout=240)
@@ -260,6 +255,14 @@ def test_a_signal_while_the_processes_of_a_pool_start_stops_them(number, after, 
         process.kill()
     assert process.returncode == 128 + number and errors == ""
     assert said.splitlines()[-1] == f"stopped by {number.name}; go on with the same command"
+
+
+def wait_while(process, condition):
+    """For what a process, which must live to do it, has yet to do."""
+    until = time.monotonic() + 300
+    while condition():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
 
 
 def spawned(parent):
